@@ -1,0 +1,497 @@
+"""Adaptive Shared Experts (ASE): the whole model, from the gates to the heads.
+
+    python ase.py            what the model is made of: parameters by part, for every row of the paper's Table 1
+
+A vision transformer (ViT) pretrained on one task serves T dense-prediction tasks. Its weights stay frozen; beside them
+are trained: a LoRA of rank 4 on every linear layer, N LoRA experts of rank r in parallel with every FFN, one router per
+task and layer, an embedding per task, and a head per task. The paper's idea is in `gate`, its layer is `LoRAExperts`.
+
+References: ASE: Yang et al. 2025, arXiv 2510.00570 (equation numbers are this paper's) · LoRA: Hu et al. 2021 · noisy
+top-k gating: Shazeer et al. 2017 · mutual information loss: Mod-Squad, Chen et al. 2023 · ViT: Dosovitskiy et al. 2021
+· heads: SETR-PUP, Zheng et al. 2021.
+
+Shapes: T tasks · B images · L tokens (the class token and P patches) · D width · N experts, the first S of them shared
+· K sparse experts active for a token · R rank of an expert. Comments at the end of a line give the result's shape.
+"""
+
+import argparse
+import json
+import math
+import re
+from collections import OrderedDict
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+GATINGS = ("joint", "fixed")
+PAPER_TASKS = {"semseg": 21, "human_parts": 7, "sal": 1, "edge": 1, "normals": 3}  # task → channels
+
+BACKBONES = {
+    "vit_tiny": dict(image=112, patch=16, dim=192, depth=6, heads=3, head_dim=64),  # the demo's, sized for two cores
+    "vit_small": dict(image=224, patch=16, dim=384, depth=12, heads=6, head_dim=256),
+    "vit_base": dict(image=224, patch=16, dim=768, depth=12, heads=12, head_dim=256),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """All that decides the model's shape. The defaults are the paper's: ViT-base, (N/k/S/r) = (16/3/1/4).
+
+    `experts=0` is the plain multi-task ViT: no experts, no routers, no task embedding, one pass for all tasks.
+    `lora=0` trains the backbone in full. Raises ValueError, in one line, for what makes no sense.
+    """
+
+    image: int = 224        # side of the square input, pixels
+    patch: int = 16         # side of a patch, pixels: a power of two
+    dim: int = 768          # D
+    depth: int = 12         # blocks
+    heads: int = 12         # attention heads
+    tasks: dict = field(default_factory=lambda: dict(PAPER_TASKS))  # task → channels of its prediction
+    experts: int = 16       # N, shared ones included
+    topk: int = 3           # K, shared ones not included
+    shared: int = 1         # S
+    rank: int = 4           # R
+    gating: str = "joint"   # "joint": Eq. 8–9 (ASE) · "fixed": Eq. 1–3 and, for the shared experts, Eq. 5
+    lora: int | None = None  # rank of the LoRA on the backbone's linear layers; None: 4, or 0 without experts
+    head_dim: int = 256     # channels inside a head
+
+    def __post_init__(self):
+        if self.lora is None:
+            object.__setattr__(self, "lora", 4 if self.experts else 0)
+        unused = () if self.experts else ("topk", "shared", "rank")
+        for f in fields(self):
+            if f.name in unused:
+                continue
+            value = getattr(self, f.name)
+            low = 0 if f.name in ("experts", "lora", "topk", "shared", "rank") else 1
+            if f.type in (int, int | None) and (type(value) is not int or value < low):
+                raise ValueError(f"{f.name} is {value!r}: expected a whole number, {low} or more")
+        if not isinstance(self.tasks, dict) or not self.tasks:
+            raise ValueError(f"tasks is {self.tasks!r}: expected at least one task → channels")
+        for task, channels in self.tasks.items():
+            if not str(task).isidentifier() or type(channels) is not int or channels < 1:
+                raise ValueError(f"task {task!r} has {channels!r} channels: expected a plain name → 1 or more")
+        if self.patch < 2 or self.patch & (self.patch - 1):
+            raise ValueError(f"patch is {self.patch}: expected a power of two, such as 16")
+        if self.image % self.patch:
+            raise ValueError(f"an image side of {self.image} is no multiple of the patch {self.patch}: "
+                             f"the next one is {-(-self.image // self.patch) * self.patch}")
+        if self.dim % self.heads:
+            raise ValueError(f"width {self.dim} does not divide into {self.heads} attention heads")
+        if self.gating not in GATINGS:
+            raise ValueError(f"unknown gating {self.gating!r}: expected {' or '.join(GATINGS)}")
+        if self.experts:
+            sparse = self.experts - self.shared
+            if sparse < 1:
+                raise ValueError(f"{self.shared} shared experts of {self.experts} leave no sparse one: "
+                                 f"shared must be at most {self.experts - 1}")
+            if not 1 <= self.topk <= sparse:
+                raise ValueError(f"topk is {self.topk}, but {self.experts} experts less {self.shared} shared ones are "
+                                 f"{sparse} sparse ones: topk must be 1 to {sparse}")
+            if self.rank < 1:
+                raise ValueError(f"rank is {self.rank}: an expert needs rank 1 or more")
+
+
+# ------------------------------------------------------------------------------------------- gates and experts
+
+
+def gate(logits, shared, topk, gating):
+    """Gates of all experts from the router's logits: the paper's contribution is the branch "joint".
+
+    logits (..., N), the first `shared` columns belong to the shared experts. Returns gates of the same shape, zero for
+    experts that are not selected; exactly `topk` sparse experts are, also when logits tie. Never below float32.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    sparse = logits[..., shared:]
+    chosen = torch.zeros_like(sparse, dtype=torch.bool)
+    chosen = chosen.scatter(-1, sparse.topk(topk, sorted=False).indices, True)
+    if gating == "joint":
+        # Eq. 8–9: g_i = exp(z_i) / Σ,  gs_i = exp(zs_i) / Σ,  Σ over the k kept sparse and the S shared logits together
+        active = F.pad(chosen, (shared, 0), value=True)
+        return logits.masked_fill(~active, -math.inf).softmax(-1)
+    # Eq. 1–3: softmax over all sparse experts, then the top k, not normalised again;  Eq. 5: shared experts count 1
+    return F.pad(sparse.softmax(-1) * chosen, (shared, 0), value=1.0)
+
+
+class LoRAExperts(nn.Module):
+    """N LoRA experts beside an FFN, shared by all tasks, and one router for each task: Σ_i g_i E_i(x) of Eq. 10.
+
+    All experts are computed: side by side they are one matrix of N·R rows, which costs about 2% of the FFN in the
+    paper's settings (N·R = 64); an expert that was not selected has gate 0. No loop, no scatter, no dropped token.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        tasks, experts, rank, dim = len(config.tasks), config.experts, config.rank, config.dim
+        self.router = nn.Parameter(torch.empty(tasks, dim, experts))  # W_s and W_g of Eq. 6–7 side by side, transposed
+        self.noise = nn.Parameter(torch.empty(tasks, dim, experts))
+        self.down = nn.Parameter(torch.empty(experts, rank, dim))     # A_i
+        self.up = nn.Parameter(torch.empty(experts, rank, dim))       # B_i, transposed
+        nn.init.normal_(self.router, std=0.02)
+        nn.init.zeros_(self.noise)
+        nn.init.kaiming_uniform_(self.down.view(-1, dim), a=math.sqrt(5))
+        nn.init.zeros_(self.up)
+
+    def logits(self, x):
+        """Router logits, never below float32, with learned noise in training only. x (T, B, L, D) → (T, B·L, N)."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(1, 2)          # (T, B·L, D)
+            z = torch.bmm(x, self.router.to(x.dtype))                                    # (T, B·L, N)
+            if self.training:
+                # Shazeer et al. 2017, Eq. 4: z + ε · softplus(W_noise x), with the floor of 0.01 of their code
+                z = z + torch.randn_like(z) * (F.softplus(torch.bmm(x, self.noise.to(x.dtype))) + 0.01)
+        return z
+
+    def forward(self, x):
+        """x (T, B, L, D) → update (T, B, L, D), probs (T, N−S), gates (T, N); the last two as in `Routing`."""
+        c = self.config
+        z = self.logits(x)                                                               # (T, B·L, N)
+        gates = gate(z, c.shared, c.topk, c.gating)                                      # (T, B·L, N)
+        hidden = x.flatten(1, 2) @ self.down.flatten(0, 1).T                             # (T, B·L, N·R)
+        hidden = hidden.unflatten(-1, (c.experts, c.rank)) * gates.to(hidden.dtype).unsqueeze(-1)
+        update = hidden.flatten(-2) @ self.up.flatten(0, 1)                              # (T, B·L, D)
+        probs = z[..., c.shared:].softmax(-1).mean(1)                                    # (T, N−S)
+        return update.view_as(x), probs, gates.mean(1)
+
+    def reference(self, x):
+        """The update of `forward`, without noise, as the paper prints it: a loop over tasks, tokens and experts."""
+        c = self.config
+        update = []
+        for t, tokens in enumerate(x.flatten(1, 2)):
+            for token in tokens:
+                z = token @ self.router[t]
+                shared, sparse = range(c.shared), range(c.shared, c.experts)
+                kept = sorted(sparse, key=lambda i: -z[i])[:c.topk]
+                if c.gating == "joint":
+                    total = sum(z[i].exp() for i in [*shared, *kept])                    # Eq. 8–9
+                    gates = {i: z[i].exp() / total for i in [*shared, *kept]}
+                else:
+                    total = sum(z[i].exp() for i in sparse)                              # Eq. 2
+                    gates = {i: z[i].exp() / total for i in kept}                        # Eq. 1, 3
+                    gates |= {i: 1.0 for i in shared}                                    # Eq. 5
+                update.append(sum(g * (self.up[i].T @ (self.down[i] @ token)) for i, g in gates.items()))
+        return torch.stack(update).view_as(x)
+
+
+class Routing(NamedTuple):
+    """What the routers did, averaged over images and tokens. Without experts both have N = 0."""
+
+    probs: torch.Tensor  # (blocks, T, N−S) softmax of the sparse logits before top-k: what `mutual_information` takes
+    gates: torch.Tensor  # (blocks, T, N)   gates after top-k, shared experts first: what the paper's Fig. 4 shows
+
+
+def mutual_information(probs):
+    """Mutual information of tasks and experts in each layer, in nats (Mod-Squad). probs (L, T, E) → (L,).
+
+    I = Σ_t Σ_i P(t) P(E_i|t) log(P(E_i|t) / P(E_i)),  P(t) = 1/T,  P(E_i) = Σ_t P(t) P(E_i|t)
+    """
+    marginal = probs.mean(1, keepdim=True)                                               # (L, 1, E)
+    return (torch.xlogy(probs, probs) - torch.xlogy(probs, marginal)).sum(-1).mean(-1)   # (L,)
+
+
+# ------------------------------------------------------------------------------------ the vision transformer
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer with a LoRA of rank `rank` beside it: y = W x + b + B A x. B starts at zero."""
+
+    def __init__(self, inputs, outputs, rank):
+        super().__init__(inputs, outputs)
+        nn.init.trunc_normal_(self.weight, std=0.02)
+        nn.init.zeros_(self.bias)
+        self.rank = rank
+        if rank:
+            self.lora_down = nn.Parameter(torch.empty(rank, inputs))          # A
+            self.lora_up = nn.Parameter(torch.zeros(outputs, rank))           # B
+            nn.init.kaiming_uniform_(self.lora_down, a=math.sqrt(5))
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y + F.linear(F.linear(x, self.lora_down), self.lora_up) if self.rank else y
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = LoRALinear(config.dim, 3 * config.dim, config.lora)
+        self.proj = LoRALinear(config.dim, config.dim, config.lora)
+
+    def forward(self, x):
+        """x (T, B, L, D) → (T, B, L, D)."""
+        qkv = self.qkv(x).flatten(0, 1).unflatten(-1, (3, self.heads, -1))               # (T·B, L, 3, heads, D/heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                             # (T·B, heads, L, D/heads)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(y.transpose(1, 2).reshape(x.shape))
+
+
+class FFN(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.fc1 = LoRALinear(config.dim, 4 * config.dim, config.lora)
+        self.fc2 = LoRALinear(4 * config.dim, config.dim, config.lora)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.dim, eps=1e-6)
+        self.attn = Attention(config)
+        self.norm2 = nn.LayerNorm(config.dim, eps=1e-6)
+        self.mlp = FFN(config)
+        self.experts = LoRAExperts(config) if config.experts else None
+
+    def forward(self, x):
+        """x (T, B, L, D) → x, probs (T, N−S), gates (T, N)."""
+        x = x + self.attn(self.norm1(x))
+        h = self.norm2(x)
+        if self.experts is None:
+            none = x.new_zeros(len(x), 0)
+            return x + self.mlp(h), none, none
+        update, probs, gates = self.experts(h)
+        return x + self.mlp(h) + update, probs, gates                                    # Eq. 10
+
+
+class Head(nn.Module):
+    """SETR-PUP: 3×3 convolutions with ×2 upsampling between them, from patch tokens to a full-size map.
+
+    The norm is GroupNorm where M3ViT has BatchNorm: as many parameters, but independent of how a batch is split.
+    """
+
+    def __init__(self, config, channels):
+        super().__init__()
+        self.side = config.image // config.patch
+        self.norm = nn.LayerNorm(config.dim, eps=1e-6)
+        width, stages = config.head_dim, int(math.log2(config.patch))
+        groups = math.gcd(width, min(32, max(1, width // 8)))
+        layers = []
+        for stage in range(stages):
+            layers += [nn.Conv2d(width if stage else config.dim, width, 3, padding=1), nn.GroupNorm(groups, width)]
+            layers += [nn.ReLU()]
+            if stage < stages - 1:
+                layers += [nn.Upsample(scale_factor=2, mode="bilinear")]
+        layers += [nn.Conv2d(width, channels, 1), nn.Upsample(scale_factor=2, mode="bilinear")]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, tokens):
+        """tokens (B, L, D), class token first → (B, C, H, W)."""
+        patches = self.norm(tokens[:, 1:])                                               # (B, P, D)
+        return self.layers(patches.mT.unflatten(-1, (self.side, self.side)))             # (B, C, H, W)
+
+
+class ASE(nn.Module):
+    """A ViT with LoRA experts, routers and heads for the tasks of `config`. Parameter names of the ViT are timm's."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.checkpointing = False  # True: recompute each block in the backward pass instead of keeping it in memory
+        patches = (config.image // config.patch) ** 2
+        conv = nn.Conv2d(3, config.dim, config.patch, config.patch)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=conv))
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, config.dim))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + patches, config.dim))
+        if config.experts:
+            self.task_embedding = nn.Parameter(torch.zeros(len(config.tasks), config.dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.dim, eps=1e-6)
+        self.heads = nn.ModuleDict({task: Head(config, channels) for task, channels in config.tasks.items()})
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad = part(name) != "backbone" or config.lora == 0
+
+    def features(self, images):
+        """images (B, 3, H, W) → tokens (T, B, L, D) after the final norm, class token first, and `Routing`.
+
+        Without experts all tasks share one pass: tokens (1, B, L, D).
+        """
+        x = self.patch_embed(images).flatten(2).mT                                       # (B, P, D)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed    # (B, L, D)
+        x = x[None]                                                                      # (1, B, L, D)
+        if self.config.experts:
+            x = x + self.task_embedding[:, None, None]                                   # (T, B, L, D)
+        probs, gates = [], []
+        for block in self.blocks:
+            x, p, g = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
+            probs.append(p)
+            gates.append(g)
+        probs, gates = (torch.stack(list).expand(-1, len(self.heads), -1) for list in (probs, gates))
+        return self.norm(x), Routing(probs, gates)                                       # (blocks, T, ·)
+
+    def forward(self, images):
+        """images (B, 3, H, W) → predictions {task: (B, C, H, W)}, raw (logits, unnormalised normals), and `Routing`."""
+        tokens, routing = self.features(images)
+        tokens = tokens.expand(len(self.heads), -1, -1, -1)                              # (T, B, L, D)
+        return {task: head(x) for (task, head), x in zip(self.heads.items(), tokens)}, routing
+
+
+PARTS = {"heads.": "heads", "lora_": "LoRA", "experts.router": "routers", "experts.noise": "routers",
+         "experts.": "experts", "task_embedding": "embeddings", "": "backbone"}  # the first that is in the name
+
+
+def part(name):
+    """The part of the model that a parameter belongs to, from its name."""
+    return next(part for key, part in PARTS.items() if key in name)
+
+
+def count(model):
+    """Parameters by part: {part: (all of them, trained ones)}."""
+    counts = {name: (0, 0) for name in ("backbone", *PARTS.values())}
+    for name, p in model.named_parameters():
+        total, trained = counts[part(name)]
+        counts[part(name)] = total + p.numel(), trained + p.numel() * p.requires_grad
+    return counts
+
+
+# --------------------------------------------------------------------------------------- pretrained weights
+
+# transformers' names of a ViT → timm's, in this order; its query, key and value are one matrix in timm
+TRANSFORMERS = (("embeddings.cls_token", "cls_token"), ("embeddings.position_embeddings", "pos_embed"),
+                ("embeddings.patch_embeddings.projection", "patch_embed.proj"), ("encoder.layer.", "blocks."),
+                ("attention.output.dense", "attn.proj"), ("intermediate.dense", "mlp.fc1"),
+                ("output.dense", "mlp.fc2"), ("layernorm_before", "norm1"), ("layernorm_after", "norm2"),
+                ("layernorm.", "norm."))
+
+
+def read_safetensors(path):
+    """{name: tensor} of a .safetensors file: eight bytes of header length, a JSON header, raw little-endian numbers."""
+    types = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > size - 8:
+            raise ValueError(f"its header claims {length} bytes, the file has {size}")
+        header = json.loads(file.read(length))
+    body = torch.from_file(str(path), size=size, dtype=torch.uint8)[8 + length:]  # mapped, not read
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__" or entry["dtype"] not in types:
+            continue
+        (start, end), shape, dtype = entry["data_offsets"], entry["shape"], types[entry["dtype"]]
+        if not 0 <= start <= end <= len(body) or end - start != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"the bytes {start} to {end} of {name} are not its {shape} {entry['dtype']} numbers")
+        tensors[name] = body[start:end].clone().view(dtype).view(shape)
+    return tensors
+
+
+def read_backbone(path):
+    """The state dict of a pretrained ViT with timm's names. Raises ValueError for anything that isn't one."""
+    path = Path(path)
+    accepted = "expected a ViT's state dict with timm's or transformers' names, as .safetensors or from torch.save"
+    if not path.is_file():
+        raise ValueError(f"no weights file {path}: {accepted}")
+    try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+        is_safetensors = start[8:] == b"{"
+        state = read_safetensors(path) if is_safetensors else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file that is no state dict makes torch.load raise nearly anything
+        reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
+        raise ValueError(f"cannot read weights from {path} ({reason}): {accepted}") from None
+    for wrapper in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}: {accepted}")
+    state = {re.sub(r"^((module|backbone|vit)\.)+", "", str(name)): x for name, x in state.items()
+             if isinstance(x, torch.Tensor)}
+    for name in [name for name in state if ".attention.attention.query." in name]:
+        parts = [state.pop(name.replace("query", which)) for which in ("query", "key", "value")
+                 if name.replace("query", which) in state]
+        state[name.replace("attention.attention.query", "attn.qkv")] = torch.cat(parts)
+    for theirs, timm in TRANSFORMERS:
+        state = {name.replace(theirs, timm): x for name, x in state.items()}
+    if any(name not in state or state[name].dim() != dims
+           for name, dims in (("cls_token", 3), ("pos_embed", 3), ("patch_embed.proj.weight", 4))):
+        raise ValueError(f"{path} holds no ViT (its first names: {', '.join(list(state)[:3]) or 'none'}): {accepted}")
+    return state
+
+
+def shape_of(state):
+    """(width, depth, patch) of a ViT's state dict with timm's names."""
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    return state["cls_token"].shape[-1], depth, state["patch_embed.proj.weight"].shape[-1]
+
+
+def backbone_for(path):
+    """The name of the preset in `BACKBONES` that the weights in `path` fit, or None."""
+    found = shape_of(read_backbone(path))
+    return next((name for name, b in BACKBONES.items() if (b["dim"], b["depth"], b["patch"]) == found), None)
+
+
+def load_backbone(model, path):
+    """Copy pretrained weights into the frozen part of `model`; return one line that tells what was done.
+
+    `path`: a state dict from torch.save, bare or under "model" or "state_dict", or a .safetensors file; names of timm
+    (DeiT, MAE and DINO have them too) or of transformers. Position embeddings of another grid are resized. Raises
+    ValueError where a weight is missing or does not fit.
+    """
+    state = read_backbone(path)
+    own = {name: p for name, p in model.state_dict().items() if part(name) == "backbone"}
+    found, wanted = shape_of(state), shape_of(own)
+    if found != wanted:
+        fits = [name for name, b in BACKBONES.items() if (b["dim"], b["depth"], b["patch"]) == found]
+        raise ValueError("{} holds a ViT of width {}, {} blocks, patch {}; the model has width {}, {} blocks, "
+                         "patch {}".format(path, *found, *wanted) + (f": use --backbone {fits[0]}" if fits else ""))
+    missing = [name for name in own if name not in state]
+    if missing:
+        raise ValueError(f"{path} lacks {len(missing)} weights of the ViT, {missing[0]} first: not a whole ViT")
+    told = f"{len(own)} tensors loaded from {path}"
+    if state["pos_embed"].shape != own["pos_embed"].shape:
+        old, new = (math.isqrt(max(0, p.shape[1] - 1)) for p in (state["pos_embed"], own["pos_embed"]))
+        if not old or state["pos_embed"].shape[1] != 1 + old * old:
+            raise ValueError(f"{path} has {state['pos_embed'].shape[1]} position embeddings: expected 1 + a square")
+        token, grid = state["pos_embed"].float().split([1, old * old], dim=1)
+        grid = F.interpolate(grid.mT.unflatten(-1, (old, old)), size=(new, new), mode="bicubic", antialias=True)
+        state["pos_embed"] = torch.cat([token, grid.flatten(2).mT], dim=1)
+        told += f", position embeddings resized from {old}×{old} to {new}×{new}"
+    for name, p in own.items():
+        if state[name].shape != p.shape:
+            raise ValueError(f"{name} in {path} is {tuple(state[name].shape)}: expected {tuple(p.shape)}")
+        if not state[name].isfinite().all():
+            raise ValueError(f"{name} in {path} holds numbers that are not finite: take another copy of the file")
+    for name, p in own.items():
+        p.copy_(state[name])
+    left = [name for name in state if name not in own]
+    return told + (f", {len(left)} left out as no part of the backbone ({', '.join(left[:3])})" if left else "")
+
+
+# --------------------------------------------------------------------------------------------- python ase.py
+
+TABLE1 = {
+    "MTL-ViT": dict(experts=0),
+    "LoRA-MoE (16/4/0/4)": dict(experts=16, topk=4, shared=0, rank=4, gating="fixed"),
+    "LoRA-MoE (32/8/0/2)": dict(experts=32, topk=8, shared=0, rank=2, gating="fixed"),
+    "ASE (16/3/1/4)": dict(experts=16, topk=3, shared=1, rank=4),
+    "ASE (32/6/2/2)": dict(experts=32, topk=6, shared=2, rank=2),
+    "ASE (64/12/4/1)": dict(experts=64, topk=12, shared=4, rank=1),
+}
+PAPER_PARAMETERS = {"MTL-ViT": 104, "LoRA-MoE (16/4/0/4)": 107, "LoRA-MoE (32/8/0/2)": 108, "ASE (16/3/1/4)": 107,
+                    "ASE (32/6/2/2)": 108}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"error: {message}: `python ase.py --help` tells what is\n")
+    parser.parse_args(argv)
+    names = list(dict.fromkeys(["backbone", *PARTS.values()]))
+    print("Millions of parameters at ViT-base, 224×224, five tasks; (N/k/S/r) as in the paper's Table 1\n")
+    print(f"{'':20}" + "".join(f"{name:>11}" for name in names) + f"{'total':>9}{'trained':>9}{'paper':>7}")
+    for row, settings in TABLE1.items():
+        with torch.device("meta"):
+            counts = count(ASE(Config(**settings)))
+        total, trained = (sum(c[i] for c in counts.values()) / 1e6 for i in (0, 1))
+        parts = "".join(f"{counts[name][0] / 1e6:11.2f}" for name in names)
+        print(f"{row:20}{parts}{total:9.2f}{trained:9.2f}{PAPER_PARAMETERS.get(row, '–'):>7}")
+
+
+if __name__ == "__main__":
+    main()

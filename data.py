@@ -1,0 +1,1074 @@
+"""What the five tasks are, PASCAL-Context on disk, batches on the device, and a demo world in the same layout.
+
+    python data.py DIR               check a data set, say what is missing, draw 8 of its images: ./contact_NAME.png
+    python data.py demo              the same for the demo, which is rendered first if it isn't there
+    python data.py DIR --make N M    render a demo of N training and M validation images into DIR
+
+Every image of a data set is a stack of 11 planes of bytes at the image's own size (`MAPS`): what the files hold, what
+the cache keeps, and what goes to the device. There one affine grid warps all planes at once and `targets` derives the
+tasks from them: edges and the validity of normals come from the warped LabelMap, never from a resized map of edges.
+
+Layout and class lists: PASCAL-Context (Mottaghi et al. 2014) with the parts of Chen et al. 2014 and the saliency and
+normals distilled by Maninis et al. 2019 (ASTMT), as multi-task papers use it since.
+
+Shapes: B images · S side of the network's input · H, W an image's own height and width.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import json
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import numpy as np
+import scipy.io
+import scipy.ndimage
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+IGNORE = 255  # in every map of classes and in the binary ones: no ground truth here
+
+
+class Task(NamedTuple):
+    channels: int          # of the prediction
+    weight: float          # of its loss among the others' (Vandenhende et al. 2021)
+    loss: str              # a name in evaluate.LOSSES
+    metric: str            # a name in evaluate.METRICS
+    lower_is_better: bool
+    title: str             # of the metric, with its unit
+    classes: tuple = ()
+
+
+VOC_CLASSES = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+               "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
+               "tvmonitor")
+PART_CLASSES = ("background", "head", "torso", "upper arm", "lower arm", "upper leg", "lower leg")
+
+TASKS = {
+    "semseg": Task(21, 1, "cross_entropy", "miou", False, "mIoU %", VOC_CLASSES),
+    "human_parts": Task(7, 2, "cross_entropy", "miou", False, "mIoU %", PART_CLASSES),
+    "sal": Task(1, 5, "balanced_bce", "max_iou", False, "maxIoU %"),
+    "edge": Task(1, 50, "edge_bce", "odsf", False, "odsF %"),
+    "normals": Task(3, 10, "normals_l1", "angle", True, "mErr °"),
+}
+
+
+# ------------------------------------------------------------------------------------ how the commands behave
+
+
+class UserError(Exception):
+    """Something the user can mend: the commands print it as one line and exit with code 2."""
+
+
+class Fault(UserError):
+    """A file of a data set that cannot be used. kind: missing, unreadable, size or range."""
+
+    def __init__(self, kind, message):
+        super().__init__(kind, message)
+        self.kind = kind
+
+    def __str__(self):
+        return self.args[1]
+
+
+def command(parser, job, argv=None):
+    """Parse the command line and do the job; whatever the user got wrong ends in one line and exit code 2."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
+    args = parser.parse_args(argv)
+    try:
+        return job(args)
+    except UserError as error:
+        parser.error(" ".join(str(error).split()))
+
+
+def progress(items, total, what):
+    """Pass `items` on, showing on a terminal how many of `total` have come and how long the rest will take."""
+    start = time.time()
+    for n, item in enumerate(items, 1):
+        yield item
+        if sys.stderr.isatty():
+            spent = time.time() - start
+            bar = "█" * (24 * n // total)
+            left = f"{spent / n * (total - n):.0f} s left" if n < total else f"{spent:.0f} s     \n"
+            print(f"\r{what:10} {n:6}/{total} {bar:24} {left}   ", end="", file=sys.stderr, flush=True)
+
+
+def _start_worker():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent alone
+    torch.set_num_threads(1)
+
+
+def workers():
+    """A pool of processes, one for each core. They are spawned: a fork would inherit torch's threads half alive."""
+    for library in ("OMP", "OPENBLAS", "MKL"):
+        os.environ.setdefault(f"{library}_NUM_THREADS", "1")  # for those who start now: one thread for each process
+    return concurrent.futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"),
+                                                  initializer=_start_worker)
+
+
+def parallel(function, items, what):
+    """`function` of every item, in order, with a progress bar; on all cores when there are many."""
+    items = list(items)
+    if len(items) < 48:
+        yield from progress(map(function, items), len(items), what)
+        return
+    with workers() as pool:
+        yield from progress(pool.map(function, items, chunksize=4), len(items), what)
+
+
+def ahead(function, items, pool, depth=8):
+    """`function` of every item, in order, worked out by `pool` at most `depth` items ahead of what is asked for."""
+    futures = collections.deque()
+    try:
+        for item in items:
+            futures.append(pool.submit(function, item))
+            if len(futures) > depth:
+                yield futures.popleft().result()
+        while futures:
+            yield futures.popleft().result()
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def write_atomically(path, write):
+    """`write(file)` into a temporary file, put on the disk and renamed: `path` is whole or as it was, at any moment."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    write_atomically(path, lambda file: file.write(json.dumps(value).encode()))
+
+
+def duration(seconds):
+    """Seconds as a person says them: 9 s, 4 min 05 s, 3 h 12 min."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02} min"
+
+
+# ------------------------------------------------------------------------------------------- the maps on disk
+
+# context classes whose surface normals are valid
+VALID_NORMALS = (
+    3, 4, 6, 9, 10, 11, 13, 15, 17, 18, 22, 23, 29, 30, 33, 34, 36, 37, 38, 39, 41, 43, 46, 49, 50, 51, 53, 55, 56, 59,
+    61, 62, 65, 66, 68, 69, 72, 73, 78, 83, 84, 85, 87, 88, 95, 96, 101, 104, 105, 107, 111, 113, 115, 122, 124, 135,
+    141, 142, 143, 146, 150, 154, 157, 158, 159, 165, 172, 174, 181, 183, 184, 191, 193, 195, 197, 199, 202, 213, 215,
+    216, 219, 220, 223, 225, 228, 230, 232, 233, 238, 239, 242, 243, 246, 250, 251, 252, 255, 260, 261, 263, 269, 272,
+    273, 275, 281, 283, 284, 285, 286, 287, 288, 290, 291, 292, 293, 295, 304, 307, 309, 310, 314, 315, 319, 323, 329,
+    330, 331, 336, 342, 345, 349, 350, 351, 352, 355, 357, 368, 370, 371, 374, 379, 380, 383, 384, 397, 401, 403, 405,
+    407, 408, 411, 412, 413, 414, 417, 419, 421, 423, 427, 429, 430, 432, 440, 441, 442, 443, 444, 446, 454, 457)
+CONTEXT_CLASSES = 459
+FLOOR = 158
+PERSON = VOC_CLASSES.index("person")
+
+PART_OF = {name: index for index, names in enumerate((
+    "hair head lear rear lebrow rebrow leye reye mouth nose", "neck torso", "luarm ruarm", "llarm rlarm lhand rhand",
+    "luleg ruleg", "llleg rlleg lfoot rfoot"), 1) for name in names.split()}
+
+
+def decode_image(path, size):
+    with Image.open(path) as image:
+        return np.array(image.convert("RGB")).transpose(2, 0, 1)                         # (3, H, W)
+
+
+def decode_normals(path, size):
+    with Image.open(path) as image:
+        if image.size != size:  # legal: the file may have a size of its own
+            image = image.convert("RGB").resize(size, Image.Resampling.BILINEAR)
+        return np.array(image.convert("RGB")).transpose(2, 0, 1)                         # (3, H, W)
+
+
+def decode_saliency(path, size):
+    with Image.open(path) as image:
+        image = image.convert("L")
+        if image.size != size:  # legal, too
+            image = image.resize(size, Image.Resampling.NEAREST)
+        return np.asarray(image)[None] > 127                                             # (1, H, W)
+
+
+def decode_semseg(path, size):
+    with Image.open(path) as image:
+        classes = np.asarray(image)                    # the palette's indices, not its colours
+    _expect((classes < len(VOC_CLASSES)) | (classes == IGNORE), classes, f"0 to {len(VOC_CLASSES) - 1}, or {IGNORE}")
+    return classes[None]                                                                 # (1, H, W)
+
+
+def decode_parts(path, size):
+    """Positions, not field names, are what the .mat files agree on: object = (name, class, mask, parts)."""
+    parts = np.zeros(size[::-1], np.uint8)
+    for thing in scipy.io.loadmat(path)["anno"][0][0][1].ravel():
+        if int(thing[1].item()) == PERSON:
+            for part in thing[3].ravel():                                                # (name, mask)
+                parts[part[1] > 0] = PART_OF[part[0].item()]
+    return parts[None]                                                                   # (1, H, W)
+
+
+def decode_labelmap(path, size):
+    labels = scipy.io.loadmat(path)["LabelMap"].astype(np.int32)
+    _expect((labels >= 0) & (labels <= CONTEXT_CLASSES), labels, f"0 to {CONTEXT_CLASSES}")
+    return np.stack([labels & 255, labels >> 8])                                         # (2, H, W)
+
+
+def _expect(good, values, expected):
+    if not good.all():
+        raise Fault("range", f"holds the value {values[~good][0]}: expected {expected}")
+
+
+class Map(NamedTuple):
+    planes: int            # bytes of a pixel
+    files: tuple           # where it may be; the first that exists is used
+    decode: Callable       # (path, (W, H)) → (planes, H, W)
+    resized: bool = False  # a file of another size than the image's is legal
+
+
+# A task reads one or more of these maps. The order is that of the planes in memory.
+MAPS = {
+    "image": Map(3, ("JPEGImages/{}.jpg",), decode_image),
+    "normals": Map(3, ("normals_distill/{}.png",), decode_normals, True),
+    "sal": Map(1, ("sal_distill/{}.png",), decode_saliency, True),
+    "semseg": Map(1, ("semseg/VOC12/{}.png", "semseg/pascal-context/{}.png"), decode_semseg),
+    "human_parts": Map(1, ("human_parts/{}.mat",), decode_parts),
+    "labelmap": Map(2, ("pascal-context/trainval/{}.mat",), decode_labelmap),
+}
+PLANES, START = 0, {}  # bytes of a pixel in all, and each map's first plane
+for _name, _map in MAPS.items():
+    START[_name] = PLANES
+    PLANES += _map.planes
+
+
+def find(root, name, id):
+    """The path of the map `name` of image `id`. Raises Fault where there is none."""
+    paths = [Path(root) / pattern.format(id) for pattern in MAPS[name].files]
+    for path in paths:
+        if path.is_file():
+            return path
+    raise Fault("missing", f"{' and '.join(map(str, paths))} missing: `python data.py {root}` lists all that is")
+
+
+def read_map(root, name, id, size):
+    """The map `name` of image `id` from its file, (planes, H, W) bytes. size (W, H) is the image's, for its image None.
+
+    Raises Fault, which names the file, where it is missing, cannot be read, or has the wrong size or values.
+    """
+    path = find(root, name, id)
+    try:
+        planes = MAPS[name].decode(path, size)
+    except Fault as fault:
+        raise Fault(fault.kind, f"{path} {fault}") from None
+    except Exception as error:  # whatever Pillow and scipy raise on a broken file
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        raise Fault("unreadable", f"cannot read {path} ({reason}): replace the file by a good copy") from None
+    if size and planes.shape[1:] != size[::-1]:
+        raise Fault("size", f"{path} is {planes.shape[2]}×{planes.shape[1]}: expected its image's {size[0]}×{size[1]}")
+    return planes
+
+
+def read_planes(root, id, image=None):
+    """All maps of image `id` from their files, or `image` (3, H, W) itself where given: (PLANES, H, W) bytes."""
+    if image is None:
+        image = read_map(root, "image", id, None)
+    size = image.shape[:0:-1]
+    rest = [read_map(root, name, id, size) for name in MAPS if name != "image"]
+    return np.concatenate([image, *rest]).astype(np.uint8)                               # (PLANES, H, W)
+
+
+def pick(planes, name):
+    """One map's planes. planes (..., PLANES, H, W) → (..., planes, H, W)."""
+    return planes[..., START[name]:START[name] + MAPS[name].planes, :, :]
+
+
+def boundaries(labelmap):
+    """Where a label map changes: its 4-neighbour Laplacian, mirrored at the border, is not zero.
+
+    labelmap: (..., H, W) integers below 2^28, numpy or torch on any device. Returns bool of that shape, lines
+    one or two pixels wide: `thin` makes them one. A pixel of label 2 between labels 1 and 3 is no boundary:
+    the differences cancel, as they do in the loaders of the field.
+    """
+    # ids go up to 459, and 4 · 459 of an unsigned or a short type would wrap around
+    labels = labelmap.int() if torch.is_tensor(labelmap) else np.asarray(labelmap).astype(np.int32)
+    laplacian = 4 * labels
+    for out, x in (laplacian, labels), (laplacian.swapaxes(-1, -2), labels.swapaxes(-1, -2)):
+        n = x.shape[-2]
+        out[..., 1:, :] -= x[..., :-1, :]
+        out[..., :-1, :] -= x[..., 1:, :]
+        out[..., 0, :] -= x[..., 1 % n, :]  # beyond the first row lies the second again
+        out[..., -1, :] -= x[..., -2 % n, :]
+    return laplacian != 0
+
+
+def removable(e, ne, n, nw, w, sw, s, se):
+    """Guo and Hall's conditions for taking a pixel away, from its 8 neighbours (east, north-east …), bitwise.
+
+    So for the first of two half-passes; the second sees the ring turned by half: w, sw, s, se, e, ne, n, nw.
+    """
+    a1, a2, a3, a4 = e | ne, n | nw, w | sw, s | se
+    b1, b2, b3, b4 = ne | n, nw | w, sw | s, se | e
+    # X = 1: the neighbours form one piece, so that nothing is torn (an odd number of pieces, and not three)
+    x1, x2, x3, x4 = b1 & ~e, b2 & ~n, b3 & ~w, b4 & ~s
+    one = (x1 ^ x2 ^ x3 ^ x4) & ~(x1 & x2 | x3 & x4)
+    # 2 <= min(sum a, sum b) <= 3: neither the end of a line nor a pit
+    a12, a34, b12, b34 = a1 & a2, a3 & a4, b1 & b2, b3 & b4
+    two = (a12 | a34 | (a1 | a2) & (a3 | a4)) & (b12 | b34 | (b1 | b2) & (b3 | b4))
+    four = a12 & a34 & b12 & b34
+    # from one side only: a line two pixels wide must not vanish at once
+    return one & two & ~four & ~((b1 | ~se) & e)
+
+
+def thin(x, passes=None):
+    """Thin lines to one pixel: Guo and Hall's way (Lam, Lee and Suen 1992), Matlab's bwmorph(…, 'thin').
+
+    x: (..., H, W), numpy or torch: bool, or integers that are thinned bit by bit, each bit a map of its own.
+    Outside of the image is background. `passes=None` goes on until nothing changes; a number makes that many
+    passes and never waits for the device (two are enough for what `boundaries` finds, but for odd corners).
+    """
+    if torch.is_tensor(x):
+        p = F.pad(x, (1, 1, 1, 1))
+    else:
+        p = np.pad(x, [(0, 0)] * (x.ndim - 2) + [(1, 1), (1, 1)])
+    h, w = x.shape[-2:]
+    corners = ((1, 2), (0, 2), (0, 1), (0, 0), (1, 0), (2, 0), (2, 1), (2, 2))  # E NE N NW W SW S SE
+    ring = [p[..., i : i + h, j : j + w] for i, j in corners]  # views: they follow p
+    inside = p[..., 1:-1, 1:-1]
+    done = 0
+    while done != passes:
+        first = inside & removable(*ring)
+        inside ^= first
+        second = inside & removable(*ring[4:], *ring[:4])
+        inside ^= second
+        done += 1
+        if passes is None and not (first | second).any():
+            break
+    return inside
+
+
+def targets(planes, inside=None, passes=None):
+    """The ground truth of all tasks from the planes of the maps, at their size, on their device.
+
+    planes (B, PLANES, H, W) uint8 · inside (B, H, W) bool: where there is ground truth at all · passes: see `thin`.
+    Returns {task: int64 (B, H, W), where IGNORE marks no ground truth; normals: float (B, 3, H, W), there zero}.
+    """
+    low, high = pick(planes, "labelmap").short().unbind(1)
+    labels = low + 256 * high                                                            # (B, H, W) int16
+    if inside is None:
+        inside = torch.ones_like(labels, dtype=torch.bool)
+    maps = {name: pick(planes, name)[:, 0].long() for name in ("semseg", "human_parts", "sal")}
+    maps["edge"] = thin(boundaries(labels), passes).long()
+    maps = {name: x.masked_fill(~inside, IGNORE) for name, x in maps.items()}
+    # an image without people says nothing about parts
+    parts = maps["human_parts"]
+    people = ((parts > 0) & (parts != IGNORE)).flatten(1).any(1)                         # (B,)
+    maps["human_parts"] = parts.masked_fill(~people[:, None, None], IGNORE)
+    normals = F.normalize(pick(planes, "normals") / 127.5 - 1, dim=1)
+    valid = inside & torch.isin(labels, torch.tensor(VALID_NORMALS, dtype=labels.dtype, device=labels.device))
+    maps["normals"] = normals * valid[:, None]
+    return {task: maps[task] for task in TASKS}
+
+
+# ---------------------------------------------------------------------------------------- a split, and batches
+
+
+class Batch(NamedTuple):
+    images: torch.Tensor  # (B, 3, S, S) float, normalised as the weights want it
+    targets: dict         # as `targets` returns them, (B, S, S) or (B, 3, S, S)
+
+
+MEAN_STD = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "half": ((0.5,) * 3, (0.5,) * 3)}
+
+
+def normalise(images, mean_std):
+    """images (B, 3, H, W), 0 to 255 → what a backbone pretrained with `mean_std` expects."""
+    mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in MEAN_STD[mean_std])
+    return (images / 255 - mean) / std
+
+
+def locate(root):
+    """The folder that holds the data set. Raises UserError, which tells a better path where there is one."""
+    root = Path(root)
+    if not root.exists():
+        raise UserError(f"no data folder {root}: expected a folder in PASCAL-Context's layout, or the word demo")
+    if not root.is_dir():
+        raise UserError(f"{root} is a file: expected a folder in PASCAL-Context's layout")
+    if not (root / "ImageSets/Context").is_dir():
+        below = [str(p.parent.parent) for p in sorted(root.glob("*/ImageSets/Context"))]
+        hint = f"did you mean {below[0]}?" if below else f"`python data.py {root}` tells what belongs where"
+        raise UserError(f"{root} has no ImageSets/Context with train.txt and val.txt: {hint}")
+    return root
+
+
+def read_ids(root, split):
+    """The ids of a split, in the order of its list. Raises UserError for a list that cannot be trusted."""
+    path = locate(root) / f"ImageSets/Context/{split}.txt"
+    try:
+        ids = path.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path} ({type(error).__name__}): expected one image id a line") from None
+    for id in ids:
+        if not re.fullmatch(r"\w[\w.-]*", id):
+            raise UserError(f"{path} holds the id {id!r}: expected letters, digits, _ . - and no path")
+    twice = [id for id, n in collections.Counter(ids).items() if n > 1]
+    if twice:
+        raise UserError(f"{path} lists {twice[0]} twice: keep one of the lines")
+    if not ids:
+        raise UserError(f"{path} is empty: expected one image id a line")
+    return ids
+
+
+class PascalContext:
+    """One split of a data set in PASCAL-Context's layout.
+
+    `dataset[i]` is (image (3, H, W) uint8, {task: truth}) at native size, as the metrics want it; `dataset.batches`
+    is what the network sees, S×S with S = `size`. `cache`: the folder that `build_cache` filled, or None.
+    """
+
+    def __init__(self, root, split, size, cache=None):
+        self.root = locate(root)
+        self.ids = read_ids(root, split)
+        self.size = size
+        self.cache = cache and Path(cache)
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, i):
+        planes = torch.from_numpy(self.planes(i))
+        return pick(planes, "image"), {task: truth[0] for task, truth in targets(planes[None]).items()}
+
+    def planes(self, i):
+        """All maps of image i: (PLANES, H, W) bytes."""
+        if self.cache is None:
+            return read_planes(self.root, self.ids[i])
+        return np.load(self.cache / f"{self.ids[i]}.npy")
+
+    def canvas(self, indices):
+        """Images of any sizes in one tensor, (B, PLANES, H, W) bytes, and their own heights and widths, (B, 2)."""
+        images = [torch.from_numpy(self.planes(i)) for i in indices]
+        sizes = torch.tensor([image.shape[1:] for image in images])
+        canvas = torch.zeros(len(images), PLANES, *sizes.amax(0).tolist(), dtype=torch.uint8)
+        for place, image in zip(canvas, images):
+            place[:, :image.shape[1], :image.shape[2]] = image
+        return canvas, sizes
+
+    def batches(self, plan, device, mean_std, warps=None, threads=2):
+        """A `Batch` for each list of indices in `plan`. warps: (images of the split, 2, 2), see `warp`, or None."""
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            for indices, (canvas, sizes) in zip(plan, ahead(self.canvas, plan, pool)):
+                matrices = None if warps is None else warps[indices].to(device)
+                yield warp(canvas.to(device), sizes.to(device), self.size, mean_std, matrices)
+
+
+def random_warps(number, generator):
+    """Augmentation as 2×2 matrices: flip (p = 0.5), rotation U(−20°, 20°), scale U(0.75, 1.25). → (number, 2, 2)."""
+    flip, angle, scale = torch.rand(3, number, generator=generator)
+    angle = math.radians(20) * (2 * angle - 1)
+    cos, sin = angle.cos(), angle.sin()
+    rotate = torch.stack([cos, sin, -sin, cos], -1).view(-1, 2, 2)
+    mirror = torch.diag_embed(torch.stack([1 - 2 * (flip < 0.5).float(), torch.ones(number)], -1))
+    return mirror @ rotate / (0.75 + 0.5 * scale).view(-1, 1, 1)
+
+
+def warp(canvas, sizes, side, mean_std, matrices=None):
+    """The network's input and its targets: one affine grid about the centre of each image for all maps.
+
+    canvas (B, PLANES, H, W) and sizes (B, 2) of `PascalContext.canvas` · matrices (B, 2, 2): they take an offset (x, y)
+    from the centre, in pixels, from the warped image back into the source; None is the identity. → `Batch`.
+    """
+    if matrices is None:
+        matrices = torch.eye(2, device=canvas.device).expand(len(canvas), 2, 2)
+    size = sizes.flip(1)[:, None, None].float()                                          # (B, 1, 1, 2) width, height
+    steps = (torch.arange(side, device=canvas.device) + 0.5) / side - 0.5
+    grid = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), -1)                  # (S, S, 2) x, y
+    source = grid * size @ matrices.mT[:, None] + size / 2                               # (B, S, S, 2) in pixels
+    inside = ((source >= 0) & (source < size)).all(-1)                                   # (B, S, S)
+    # nearest for what must not be mixed; beyond the border its last pixel goes on, so that no edge arises there
+    x, y = source.floor().clamp(min=0).minimum(size - 1).long().unbind(-1)
+    nearest = (y * canvas.shape[3] + x).flatten(1)[:, None]                              # (B, 1, S·S)
+    planes = canvas.flatten(2).gather(2, nearest.expand(-1, PLANES, -1)).unflatten(2, (side, side))
+    truth = targets(planes, inside, passes=2)  # two passes thin a boundary two pixels wide, and no device need wait
+    # a normal turns with its image: by the transposed matrix, without its scale
+    turn = matrices / matrices.det().abs().sqrt()[:, None, None]
+    truth["normals"][:, :2] = torch.einsum("bji,bjyx->biyx", turn, truth["normals"][:, :2])
+    place = source.clamp(min=0.5).minimum(size - 0.5) / torch.tensor(canvas.shape[:1:-1], device=canvas.device)
+    images = F.grid_sample(pick(canvas, "image").float(), 2 * place - 1, align_corners=False)
+    return Batch(normalise(images, mean_std), truth)
+
+
+def cache_folder(root, cache=None):
+    """Where the cache of the data set is: `cache`, or inside the data set."""
+    return Path(cache) if cache else Path(root) / "cache"
+
+
+def _cache_image(job):
+    root, id, folder = job
+    planes = read_planes(root, id)
+    write_atomically(folder / f"{id}.npy", lambda file: np.save(file, planes))
+
+
+def build_cache(root, ids, cache=None):
+    """Parse the files of these images once, on all cores, into one array an image; return the folder.
+
+    What is there and newer than its sources stays, so a build that was interrupted goes on. Raises UserError where a
+    file is missing or broken, the folder cannot be written, or the disk is too small.
+    """
+    folder = cache_folder(root, cache)
+    stale = []
+    for id in ids:
+        newest = max(find(root, name, id).stat().st_mtime for name in MAPS)
+        path = folder / f"{id}.npy"
+        if not path.is_file() or path.stat().st_mtime < newest:
+            stale.append(id)
+    if not stale:
+        return folder
+    pixels = 0
+    for id in stale:
+        path = find(root, "image", id)
+        try:
+            with Image.open(path) as image:
+                pixels += image.width * image.height
+        except OSError:
+            raise Fault("unreadable", f"cannot read {path}: replace the file by a good copy") from None
+    need = pixels * PLANES + 4096 * len(stale)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / ".writable", lambda file: None)
+        (folder / ".writable").unlink()
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise UserError(f"cannot write the cache {folder} ({error.strerror}): name another folder, --cache DIR") from None
+    print(f"cache      {len(stale)} images, {need / 1e6:,.0f} MB, into {folder}", flush=True)
+    if need > free:
+        raise UserError(f"the cache needs {need / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free: make room, or name "
+                        "a folder on another disk, --cache DIR")
+    collections.deque(parallel(_cache_image, [(root, id, folder) for id in stale], "cache"), maxlen=0)
+    return folder
+
+
+# -------------------------------------------------------------------------------------------------- the check
+
+
+def _examine(job):
+    """One image's files: faults {map: Fault}, remarks, has parts, and (sum, number) of channel 1 of floor normals."""
+    root, id, quick = job
+    faults, planes, size = {}, {}, None
+    for name in MAPS:
+        try:
+            if quick:
+                find(root, name, id)
+            else:
+                planes[name] = read_map(root, name, id, size)
+                size = size or planes["image"].shape[:0:-1]
+        except Fault as fault:
+            faults[name] = fault
+            if name == "image":
+                break
+    if quick or faults:
+        return faults, [], False, (0.0, 0)
+    remarks = []
+    for name in MAPS:
+        if MAPS[name].resized:
+            with Image.open(find(root, name, id)) as image:
+                if image.size != size:
+                    remarks.append(f"{name} of another size than its image")
+    floor = planes["labelmap"][0] + 256 * planes["labelmap"][1] == FLOOR
+    down = planes["normals"][1][floor] / 127.5 - 1
+    return faults, remarks, bool(planes["human_parts"].any()), (float(down.sum()), down.size)
+
+
+def check(root, quick=False):
+    """Print what the data set at `root` holds and lacks; return whether a training could start, and good images."""
+    faulty, good = False, []
+    splits = {split: read_ids(root, split) for split in ("train", "val")}
+    both = sorted(set(splits["train"]) & set(splits["val"]))
+    if both:
+        print(f"in both train.txt and val.txt: {len(both)} ids, {', '.join(both[:3])}")
+    print(f"{'split':6}{'kind':12}{'expected':>9}{'there':>8}{'missing':>9}{'unreadable':>12}{'wrong size':>12}"
+          f"{'bad values':>12}")
+    for split, ids in splits.items():
+        counts = {name: collections.Counter() for name in MAPS}
+        told, remarks = collections.defaultdict(list), collections.Counter()
+        people, down, floor = 0, 0.0, 0
+        for id, (faults, notes, parts, (total, number)) in zip(
+                ids, parallel(_examine, [(root, id, quick) for id in ids], f"check {split}")):
+            for name, fault in faults.items():
+                counts[name][fault.kind] += 1
+                told[name, fault.kind].append((id, fault))
+            good += [(split, id)] if not faults else []
+            remarks.update(notes)
+            people, down, floor = people + parts, down + total, floor + number
+        for name, n in counts.items():
+            print(f"{split:6}{name:12}{len(ids):9}{len(ids) - n['missing']:8}{n['missing']:9}{n['unreadable']:12}"
+                  f"{n['size']:12}{n['range']:12}")
+        for (name, kind), cases in told.items():
+            faulty = True
+            where = f"; they belong at {' or '.join(MAPS[name].files)}" if kind == "missing" else f": {cases[0][1]}"
+            print(f"  {name}, {kind}: {', '.join(id for id, _ in cases[:3])}{where}")
+        for remark, n in remarks.items():
+            print(f"  remark: {n} images with {remark} (legal: resized)")
+        if not quick:
+            print(f"  {people / len(ids):.0%} of the images have human parts")
+        if floor:
+            sign = "as expected" if down < 0 else "UPSIDE DOWN: floors should look up, negate channel 1 (green)"
+            print(f"  floor normals: mean of channel 1 is {down / floor:+.2f}, {sign}")
+    return not faulty and not both, good
+
+
+def draw_contact(root, images, path):
+    """8 images of the data set, spread over `images` (pairs of split and id), with all their targets."""
+    rows = []
+    for split, id in images[::max(1, len(images) // 8)][:8]:
+        planes = torch.from_numpy(read_planes(root, id))
+        truth = {task: x[0].numpy() for task, x in targets(planes[None]).items()}
+        rows.append([planes[:3].permute(1, 2, 0).numpy(), *(paint(row, truth[task]) for task, row in TASKS.items())])
+    sheet(rows, ["image", *TASKS], path=path)
+
+
+# --------------------------------------------------------------------------------------- pictures
+
+# PASCAL VOC's colours: bits 0, 3, 6 of a class number are the high bits of red, 1, 4, 7 of green, 2, 5 of
+# blue, highest first. What is ignored is light grey here, in every task.
+PALETTE = np.zeros((256, 3), np.uint8)
+for bit in range(8):
+    PALETTE[:, bit % 3] |= (np.arange(256, dtype=np.uint8) >> bit & 1) << (7 - bit // 3)
+PALETTE[255] = 224
+
+
+def paint(task, array):
+    """Colours (H, W, 3) uint8 of one map. Classes: (H, W) integers, 255 = ignored. One channel: (H, W), white
+    to black from 0 to 1 (or the maximum), 255 = ignored. Vectors: (3, H, W), (n + 1) / 2, zero = ignored."""
+    array = np.asarray(array)
+    if task.classes:
+        return PALETTE[array]
+    if task.channels == 1:
+        ignored = array == 255
+        light = 1 - array[..., None] / max(1, array.max(where=~ignored, initial=0))  # (H, W, 1)
+    else:
+        ignored = ~array.any(axis=0)
+        light = (array.transpose(1, 2, 0) + 1) / 2  # (H, W, 3)
+    return np.where(ignored[..., None], PALETTE[255], (255 * light.clip(0, 1)).round()).astype(np.uint8)
+
+
+def legend_of(task, arrays):
+    """What the colours mean: [(name, (red, green, blue)), …]; of classes those that occur in the arrays."""
+    if task.classes:
+        names = dict(enumerate(task.classes)) | {255: "ignored"}
+        used = set().union(*(np.unique(array).tolist() for array in arrays))
+        return [(names[i], tuple(PALETTE[i].tolist())) for i in sorted(used)]
+    if task.channels == 1:
+        return [("0", (255, 255, 255)), ("1", (0, 0, 0))]
+    unit = paint(task, np.eye(4)[:3, None])[0]  # the vectors x, y, z and zero
+    return list(zip(("+x", "+y", "+z", "ignored"), map(tuple, unit.tolist())))
+
+
+def sheet(rows, titles=(), legend=(), labels=(), cell=180, frame="silver", path=None):
+    """One picture of many: rows of (H, W, 3) uint8 arrays of any size, each fitted into `cell` × `cell`
+    pixels; titles above the columns, labels beside the rows; legend below, (name, colour) pairs, where no
+    colour (None) makes the name begin a line. Returns the PIL image; saves it when there is a path."""
+    gap, line, font = 6, 22, ImageFont.load_default(15)
+    left = gap + max((int(font.getlength(label)) + 2 * gap for label in labels), default=0)
+    width = left + max(len(row) for row in rows) * (cell + gap)
+    canvas = Image.new("RGB", (width, len(rows) * (cell + gap) + (len(legend) + 2) * line), "white")
+    draw = ImageDraw.Draw(canvas)
+    for column, title in enumerate(titles):
+        draw.text((left + column * (cell + gap) + cell // 2, line), title, "black", font, "ms")
+
+    y = gap + line * bool(titles)
+    for row, label in zip(rows, [*labels, *[""] * len(rows)]):
+        pictures = [ImageOps.contain(Image.fromarray(array), (cell, cell), Image.HAMMING) for array in row]
+        tall = max(picture.height for picture in pictures)
+        draw.text((gap, y + tall // 2), label, "black", font, "lm")
+        for column, picture in enumerate(pictures):
+            x = left + column * (cell + gap) + (cell - picture.width) // 2
+            canvas.paste(picture, (x, y))
+            draw.rectangle((x - 1, y - 1, x + picture.width, y + picture.height), outline=frame)
+        y += tall + gap
+
+    headings = [name for name, colour in legend if colour is None]
+    indent = left + max((int(font.getlength(name)) + 2 * gap for name in headings), default=0)
+    x, y = width, y - line  # the first entry begins a line
+    for name, colour in legend:
+        wide = int(font.getlength(name)) + 32
+        if colour is None or x + wide > width:
+            x, y = left if colour is None else indent, y + line
+        if colour is not None:
+            draw.rectangle((x, y + 4, x + 13, y + 17), fill=colour, outline="silver")
+        draw.text((x if colour is None else x + 19, y + line // 2), name, "black", font, "lm")
+        x = indent if colour is None else x + wide
+    canvas = canvas.crop((0, 0, width, y + line + gap))
+    if path:
+        canvas.save(path, optimize=True)
+    return canvas
+
+
+# ----------------------------------------------------------------------------------- the demo world
+
+# Name, VOC class (0: none), PASCAL-Context id: solids. Front is +x, left +z; "±": one on each side. A solid:
+# shape, paint (/part), then x y z, height, half-width, half-depth if upright; else x y z, x y z, radius.
+THINGS = """
+sky 0 360: box sky 0 -80 90 160 200 1
+floor 0 158: box ground 0 -1 0 1 60 60
+grass 0 187: box meadow 0 -1 0 1 60 60
+wall 0 440: box stone 0 -1 7.5 7 20 .1, box stone 5 -1 0 7 .1 20
+window 0 454: box plain 1 1 7.4 1.2 .9 .1, box sky 1 1.1 7.3 1 .8 .1
+box 0 37: box wood 0 0 0 .55 .33 .45
+ball 0 10: ball cloth 0 0 0 .5 .25 .25
+rock 0 326: ball stone 0 -.3 0 .8 .45 .7, ball stone .2 -.2 .4 .5 .4 .4
+bottle 5 34: rod gloss 0 0 0 .5 .14 .14, ball gloss 0 .34 0 .32 .14 .14, rod gloss 0 .5 0 .36 .05 .05,
+    rod plain 0 .14 0 .28 .145 .145
+car 7 59: box gloss 0 .2 0 .42 1.25 .56, limb dark -.9 .62 0 .5 .62 0 .48,
+    limb gloss -.68 .68 0 .28 .68 0 .46, box dark 0 .24 0 .08 1.32 .5, rod dark .78 .25 ±.4 .78 .25 ±.6 .25,
+    rod gloss .78 .25 ±.4 .78 .25 ±.61 .14, rod dark -.78 .25 ±.4 -.78 .25 ±.6 .25,
+    rod gloss -.78 .25 ±.4 -.78 .25 ±.61 .14
+cat 8 65: limb fur -.36 .34 0 .36 .38 0 .13, ball fur .46 .42 0 .28 .14 .14, ball fur .46 .6 ±.1 .24 .03 .06,
+    limb fur .3 .34 ±.08 .32 0 ±.09 .05, limb fur -.32 .34 ±.08 -.32 0 ±.09 .05,
+    limb fur -.36 .36 0 -.62 .34 0 .04, limb fur -.6 .32 0 -.72 .76 0 .04
+chair 9 72: box cloth 0 .43 0 .06 .26 .26, box wood -.25 .74 0 .28 .03 .25, box wood .22 0 ±.22 .44 .03 .03,
+    box wood -.25 0 ±.22 .8 .03 .03
+diningtable 11 397: box wood 0 .69 0 .06 .5 .75, box wood .42 0 ±.66 .7 .04 .04,
+    box wood -.42 0 ±.66 .7 .04 .04
+dog 12 113: limb fur -.36 .5 0 .4 .54 0 .16, limb fur .28 .5 0 .48 .82 0 .1, ball fur .46 .62 0 .3 .15 .15,
+    limb fur .5 .74 0 .78 .69 0 .08, ball dark .77 .69 0 .06 .035 .04, ball hair .45 .57 ±.15 .3 .07 .04,
+    limb fur .32 .48 ±.1 .32 0 ±.1 .055, limb fur -.34 .48 ±.1 -.36 0 ±.1 .055,
+    limb fur -.36 .52 0 -.58 .78 0 .04
+person 15 284: limb plain/torso 0 .8 0 .26 .13 .18, limb cloth/torso .01 .96 0 .54 .12 .2,
+    rod skin/neck .03 1.45 0 .13 .05 .05, ball skin/head .05 1.54 0 .28 .12 .11,
+    ball hair/hair .01 1.61 0 .24 .125 .125, ball dark/±eye .16 1.68 ±.04 .04 .015 .015,
+    limb cloth/±uarm .02 1.45 ±.19 .02 1.14 ±.27 .07, limb sleeve/±larm .02 1.17 ±.27 .04 .88 ±.29 .055,
+    ball skin/±hand .04 .9 ±.29 .05 .77 ±.29 .055, limb plain/±uleg 0 .96 ±.1 0 .46 ±.12 .1,
+    limb trouser/±lleg 0 .5 ±.12 0 .06 ±.13 .075, limb dark/±foot -.08 .05 ±.13 .2 .04 ±.14 .06
+pottedplant 16 308: rod cloth 0 0 0 .3 .2 .2, rod cloth 0 .28 0 .08 .24 .24, limb leaf 0 .3 0 .3 .95 ±.12 .07,
+    limb leaf 0 .3 0 -.28 .9 ±.15 .07, limb leaf 0 .3 0 .1 .7 ±.42 .07, limb leaf 0 .3 0 .02 1.15 ±.08 .07
+sofa 18 368: box cloth 0 .08 0 .22 .42 .85, limb cloth -.34 .1 0 .85 .16 .95,
+    limb cloth -.4 .4 ±.85 .46 .4 ±.85 .15, box plain .05 .3 ±.38 .15 .4 .36
+tvmonitor 20 427: box dark 0 .09 0 .66 .06 .52, box gloss .05 .14 0 .56 .02 .47,
+    box dark -.1 .15 0 .45 .14 .35, rod dark 0 0 0 .1 .16 .22
+"""
+THINGS = {head.split()[0]: (*map(int, head.split()[1:]), solids) for head, solids in
+          (line.split(": ") for line in THINGS.replace("\n    ", "").strip().split("\n"))}
+ROOM = "sky floor grass wall window".split()
+INDOORS = "bottle bottle chair chair diningtable diningtable dog pottedplant sofa sofa tvmonitor ball box".split()
+OUTDOORS = "bottle car car car cat cat chair dog dog pottedplant ball rock".split()
+GUESTS = {"diningtable": "bottle tvmonitor", "sofa": "person cat", "box": "tvmonitor", "chair": "person cat"}
+SEATS = {"diningtable": .75, "sofa": .44, "box": .55, "chair": .49}
+# Degrees that limbs turn at hips, knees, shoulders and elbows, each left and right; the last is for seats
+POSES = [[2, -2, 0, 0, 0, 5, 10, 15], [28, -20, -5, -35, -28, 30, 20, 40], [0, 3, 0, -6, 0, 140, 15, 35],
+         [4, -4, 0, 0, 165, 155, 10, 20], [9, -8, -4, -9, 80, 5, 10, 20], [84, 80, -84, -78, 20, 25, 50, 60]]
+SHAPES = {"box": -1, "rod": 0, "limb": .5, "ball": 1}  # if round, the bulge: x^2 + z^2 = 1 - bulge y^2
+NOISE = np.random.default_rng(0).normal(.5, .35, (256, 256)).astype(np.float32)
+NOISE = .5 + 2 * (scipy.ndimage.gaussian_filter(NOISE, 1, mode="wrap") - .5)
+
+
+def _noise(u, frequency):
+    return NOISE[tuple(((u[k] + .6 * u[1]) * frequency).astype(int) % 256 for k in (0, 2))]
+
+
+# How much of a paint's second colour shows at u (3, pixels), in metres from the middle of the solid
+TEXTURES = {"plain": lambda u: .2 * _noise(u, 20), "stripes": lambda u: 7 * u[1] % 1 < .5,
+            "mottled": lambda u: .6 * _noise(u, 8) + .4 * _noise(u, 50),
+            "checks": lambda u: np.floor(6 * u).sum(0) % 2,
+            "spots": lambda u: ((6 * u % 1 - .5) ** 2).sum(0) < .17,
+            "tiles": lambda u: .8 * (np.minimum(2 * u[0] % 1, 2 * u[2] % 1) < .06) + .2 * _noise(u, 16),
+            "grain": lambda u: .5 + .5 * np.sin(36 * u[1] + 12 * u[2] + 5 * _noise(u, 6))}
+# Name: first colour (0: any), the second relative to it (0: any), textures, gloss
+PAINTS = {"cloth": (0, 0, "plain stripes checks spots", 0), "plain": (0, 0, "plain", 0),
+          "gloss": (0, .8, "plain", .6), "skin": ((.85, .65, .5), .9, "plain", 0),
+          "hair": ((.3, .22, .13), .5, "mottled", .1), "leaf": ((.2, .5, .15), .5, "mottled", .1),
+          "fur": ((.6, .47, .35), .4, "stripes mottled spots", 0), "wood": ((.55, .37, .2), .7, "grain", .1),
+          "stone": ((.6, .58, .55), .8, "plain mottled stripes", 0), "sky": ((.6, .8, 1), 1.2, "plain", 0),
+          "dark": ((.08, .08, .1), 1.5, "plain", .5), "meadow": ((.3, .5, .2), .6, "mottled", 0),
+          "ground": ((.6, .55, .5), .7, "tiles tiles checks grain mottled", 0)}
+
+
+def _paint(rng, name):
+    """Eight numbers: two colours, texture, gloss."""
+    first, relation, textures, gloss = PAINTS[name]
+    any_two = rng.uniform(.08, .95, (2, 3))
+    first = np.multiply(first, rng.uniform(.5, 1.3)) + any_two[0] * .1 - .05 if first else any_two[0]
+    second = first * relation if relation else any_two[1]
+    texture = list(TEXTURES).index(rng.choice(textures.split()))
+    return *np.clip([*first, *second], .02, 1), texture, gloss
+
+
+def _bend(ends, parts, angles):
+    """Turn the limbs of a figure, `ends` (P, 2, 3), at its eight joints; then put it on the floor."""
+    limbs = ["uleg lleg foot", "lleg foot", "uarm larm hand", "larm hand"]
+    for k, angle in enumerate(angles):
+        moving = [parts.index("lr"[k % 2] + part) for part in limbs[k // 2].split()]
+        flat = ends[moving] @ [1, 1j, 0]
+        flat = flat[0, 0] + (flat - flat[0, 0]) * np.exp(1j * np.radians(angle))
+        ends[moving, :, 0], ends[moving, :, 1] = flat.real, flat.imag
+    ends[..., 1] -= ends[..., 1].min() - .04
+
+
+def _solids(rng, name, where, heading, pose=0):
+    """The solids of one thing: part, bulge, paint, axes (as columns) and centre of each."""
+    text = THINGS[name][2].replace("sleeve", rng.choice(["cloth", "skin"]))
+    text = text.replace("trouser", rng.choice(["plain", "plain", "skin"]))
+    rows = [row.replace("±", sign).split() for row in text.split(",") for sign in "+-"[:1 + ("±" in row)]]
+    paint, _, parts = zip(*(row[1].partition("/") for row in rows))
+    parts = [part.replace("+", "l").replace("-", "r") for part in parts]
+    paints = {name: _paint(rng, name) for name in sorted(set(paint))}
+    numbers = [list(map(float, row[2:])) for row in rows]
+    numbers = np.array([[x, y, z] + ([x, y + q[0], z, *q[1:]] if len(q) == 3 else q + q[3:])
+                        for x, y, z, *q in numbers])
+    ends, limb = numbers[:, :6].reshape(-1, 2, 3), np.array([[row[0] == "limb"] for row in rows])
+    if name == "person":
+        _bend(ends, parts, POSES[pose] + rng.normal(0, 6, 8))
+    up = (ends[:, 1] - ends[:, 0]) / 2
+    length = np.linalg.norm(up, axis=1, keepdims=True)
+    if name != "person":        # no two animals, plants or sofas have the same limbs
+        up += rng.normal(0, .06, up.shape) * length * limb
+    frame = np.linalg.qr(np.stack([up, up * 0 + [0, 0, 1], up * 0 + [1, 0, 0]], 2))[0]      # up, depth, width
+    axes = frame[:, :, [2, 0, 1]] * np.stack([numbers[:, 6:7], length, numbers[:, 7:]], 2)
+    cos, sin = np.cos(heading), np.sin(heading)
+    turn = np.array([[cos, 0, -sin], [0, 1, 0], [sin, 0, cos]])
+    if where.any():             # the room keeps its size
+        turn = turn * rng.uniform(.85, 1.15) * rng.uniform(.93, 1.07, 3)
+    bulges = [SHAPES[row[0]] for row in rows]
+    return zip(parts, bulges, [paints[name] for name in paint], turn @ axes, ends.mean(1) @ turn.T + where)
+
+
+def _furnish(rng, reach):
+    """The things in a scene, (name, solids), the room first; the view is `reach` wide at a distance of 1."""
+    indoors, angle, peopled = rng.random() < .55, rng.uniform(-.5, .5), rng.random() < .6
+    room = ["sky", "floor", "wall", "window"] if indoors else ["sky", rng.choice(["floor", "grass"])]
+    things = [(name, _solids(rng, name, np.zeros(3), angle * (name != "sky"))) for name in room]
+    places = []
+    wanted = list(rng.choice(INDOORS if indoors else OUTDOORS, 5)) + ["person"] * (peopled * rng.integers(2, 5))
+    for name in rng.permutation(wanted):
+        large = name in ("car", "sofa", "diningtable")
+        where = rng.uniform([-reach / 2, 0, 2.7 + large], [reach / 2, 0, 5.2 + large])
+        where[0] *= where[2]
+        if any(np.linalg.norm(where - other) < .9 + .3 * large for other in places):
+            continue
+        places.append(where)
+        heading = rng.uniform(-3, 3) if name in ("car", "cat", "dog", "chair") else rng.normal(-1.57, .7)
+        things.append((name, _solids(rng, name, where, heading, rng.integers(5))))
+        guest = rng.choice(GUESTS.get(name, "nobody").split() + ["nobody"])
+        if guest == "person" and peopled:
+            things.append((guest, _solids(rng, guest, where, heading, -1)))
+        elif guest not in ("person", "nobody"):
+            things.append((guest, _solids(rng, guest, where + [0, SEATS[name], 0], rng.normal(-1.57, .7))))
+    return things
+
+
+def _trace(axes, centres, bulges, eye, target, height, width, pixels):
+    """A camera's axes in the world, its rays (3, H, W) with z = 1, what solid each meets first, and where.
+
+    In a solid's own space, o + t d is inside if |y| <= 1 and x^2 + z^2 <= 1 - bulge y^2; box: |x|, |z| <= 1.
+    """
+    right = np.cross([0, 1, 0], target - eye)
+    view = np.stack([right, np.cross(right, target - eye), target - eye])
+    view = (view / np.linalg.norm(view, axis=1, keepdims=True)).astype(np.float32)
+    axes, centres = view @ axes, (centres - eye) @ view.T
+    rays = np.ones((3, height, width), np.float32)
+    rays[1], rays[0] = (np.mgrid[.5:height, .5:width] - [[[height / 2]], [[width / 2]]]) / pixels
+    corners = centres[:, :, None] + axes @ (np.indices((2, 2, 2)).reshape(3, 8) * 2 - 1)
+    screen = corners[:, :2] / np.maximum(corners[:, 2:], .1) * pixels + [[width / 2], [height / 2]]
+    windows = np.maximum([screen.min(2), screen.max(2) + 1], 0).astype(int)
+    ids, depth = np.zeros((height, width), np.int16), np.full((height, width), np.inf, np.float32)
+    for i, ((x0, y0), (x1, y1)) in enumerate(zip(*windows.tolist())):
+        window = np.s_[y0:y1, x0:x1]
+        inverse = np.linalg.inv(axes[i])
+        o, d = -inverse @ centres[i], inverse @ rays[:, y0:y1, x0:x1].reshape(3, -1) + np.float32(1e-9)
+        middle, half = -o[:, None] / d, abs(1 / d)
+        near, far = middle - half, middle + half
+        if bulges[i] < 0:
+            near, far = near.max(0, initial=0), far.min(0, initial=1e9)
+        else:
+            a, b, c = (np.array([1, bulges[i], 1], np.float32) @ q for q in (d * d, d * o[:, None], o * o))
+            root = np.sqrt(np.maximum(b * b - a * (c - 1), 0))
+            near, far = np.maximum(near[1], (-b - root) / a), np.minimum(far[1], (-b + root) / a)
+        near, far = (t.reshape(depth[window].shape) for t in (near, far))
+        hit = (0 < near) & (near < far) & (near < depth[window])
+        depth[window][hit] = near[hit]
+        ids[window][hit] = i
+    return view, rays, ids, depth
+
+
+def _render(seed, height, width, fine, shadow):
+    """A photo (H, W, 3), the names of things, and for each pixel: which thing, which part, depth, normal.
+
+    `fine` x `fine` rays a pixel, and a shadow map of `shadow` pixels on a side.
+    """
+    rng = np.random.default_rng(seed)
+    zoom, h, w = rng.uniform(1, 1.35) * max(height, width), height * fine, width * fine
+    things = _furnish(rng, width / zoom)
+    owner, solids = zip(*((k, solid) for k, (_, solids) in enumerate(things) for solid in solids))
+    parts, *arrays = zip(*solids)
+    names = [name for name, _ in things]
+    bulges, paints, axes, centres = (np.array(a, np.float32) for a in arrays)
+    eye, target = np.array([[0, rng.uniform(1, 1.9), 0], [0, rng.uniform(.4, .8), 4.2]], np.float32)
+    lamp = target + 12 * np.array([rng.uniform(-.7, .7), .9, rng.uniform(-.8, 0)], np.float32)
+
+    view, rays, ids, depth = _trace(axes, centres, bulges, eye, target, h, w, zoom * fine)
+    i = ids.ravel()
+    points = view.T @ (rays * depth).reshape(3, -1) + eye[:, None]
+    inverse = np.linalg.inv(axes)[i]
+    unit = np.einsum("nij,jn->in", inverse, points - centres[i].T)
+    size, bulge = abs(unit), bulges[i]
+    flat = np.sign(unit) * (size == np.where(bulge < 0, size.max(0), size[1]))
+    curved = unit * np.stack([np.ones_like(bulge), bulge, np.ones_like(bulge)])
+    normal = np.einsum("nji,jn->in", inverse, np.where((bulge < 0) | (size[1] > .999), flat, curved))
+    normal /= np.linalg.norm(normal, axis=0)
+
+    first, second, (texture, gloss) = np.split(paints[i].T, [3, 6])
+    place, mix = unit * np.linalg.norm(axes, axis=1)[i].T, np.zeros(i.shape, np.float32)
+    for k, function in enumerate(TEXTURES.values()):
+        mix[texture == k] = function(place[:, texture == k])
+    caster = ~np.isin([names[k] for k in owner], ROOM)
+    solids = axes[caster], centres[caster], bulges[caster]
+    lamp_view, _, _, reach = _trace(*solids, lamp, target, shadow, shadow, 1.6 * shadow)
+    x, y, z = lamp_view @ (points - lamp[:, None])
+    x, y = (np.clip((q / z * 1.6 + .5) * shadow, 0, shadow - 1).astype(int) for q in (x, y))
+    lit = (z < reach[y, x] + .1).reshape(h, w).astype(np.float32)
+    lit = scipy.ndimage.gaussian_filter(lit, max(h, w) / 200).ravel()
+    toward = (lamp - target) / np.linalg.norm(lamp - target)
+    light, ambient = np.float32(rng.uniform([[.5], [.3]], [[.9], [.5]]) * rng.uniform(.85, 1.1, (2, 3)))
+    colour = (first + (second - first) * mix) * (np.outer(light, lit * np.maximum(toward @ normal, 0))
+                                                 + np.outer(ambient, .8 + .2 * normal[1]))
+    shine = gloss * lit * np.maximum((toward - view[2]) / np.linalg.norm(toward - view[2]) @ normal, 0) ** 30
+    image = (colour + shine).reshape(3, height, fine, width, fine).mean((2, 4)) * rng.uniform(1, 1.5)
+    image = scipy.ndimage.gaussian_filter(image, (0, *[rng.uniform(.2, .7)] * 2))
+    image += rng.normal(0, rng.uniform(.005, .025), image.shape)
+    photo = np.round(np.clip(image, 0, 1).transpose(1, 2, 0) ** .7 * 255).astype(np.uint8)
+    normal = (view @ normal * np.array([[1], [1], [-1]], np.float32)).reshape(3, h, w)
+    ids = ids[::fine, ::fine]
+    owner, part = np.array(owner)[ids], np.array(parts)[ids]
+    return photo, names, owner, part, depth[::fine, ::fine], normal[:, ::fine, ::fine]
+
+
+def scene(seed, height, width):
+    """One image with all its ground truths, the same for the same arguments.
+
+    image (H, W, 3) uint8, semseg (H, W) VOC class or 255, labelmap (H, W) PASCAL-Context id, saliency (H, W)
+    bool, normals (H, W, 3) unit vectors (right, down, towards the viewer), depth (H, W) in metres, objects:
+    [(class name, class, mask, parts)], parts being [(part name, mask)], empty but for people.
+    """
+    image, names, owner, part, depth, normals = _render(seed, height, width, fine=2, shadow=192)
+    voc, context = np.array([THINGS[name][:2] for name in names]).T
+    instance = np.where(voc[owner] > 0, owner, 0)
+    border = scipy.ndimage.maximum_filter(instance, 3) != scipy.ndimage.minimum_filter(instance, 3)
+    objects, saliency = [], np.zeros((height, width))
+    for k in np.unique(owner):
+        mask = owner == k
+        if voc[k]:
+            parts = [(str(name), mask & (part == name)) for name in np.unique(part[mask]) if name]
+            objects.append((names[k], int(voc[k]), mask, parts))
+        if names[k] not in ROOM:
+            away = np.hypot(*(np.argwhere(mask).mean(0) / mask.shape - .5))
+            contrast = np.linalg.norm(image[mask].mean(0) - image[~mask].mean(0)) / 255 + .1
+            saliency[mask] = np.sqrt(mask.mean()) * np.exp(-(away / .35) ** 2) * contrast
+    return {"image": image, "semseg": np.where(border, 255, voc[owner]).astype(np.uint8), "objects": objects,
+            "labelmap": context[owner].astype(np.uint16), "saliency": saliency > .6 * saliency.max(),
+            "normals": normals.transpose(1, 2, 0), "depth": depth}
+
+
+def scene_classes(seed, size):
+    """A square image (size, size, 3) and which of the 20 VOC classes show in it: for pretraining."""
+    image, names, owner, *_ = _render(seed, size, size, fine=1, shadow=96)
+    voc = np.array([THINGS[name][0] for name in names])[owner]
+    return image, np.bincount(voc.ravel(), minlength=21)[1:] > size * size / 500
+
+
+def _struct(rows, *fields):
+    """A struct array as Matlab has it: 1 x rows."""
+    return np.array([rows], [(field, object) for field in fields])
+
+
+def _write_scene(root, name, seed, height, width):
+    """Render one image and write its files; returns its entry of ImageSets/Parts."""
+    s = scene(seed, height, width)
+    objects = [(kind, index, mask.astype(np.uint8),
+                _struct([(p, m.astype(np.uint8)) for p, m in parts], "part_name", "mask"))
+               for kind, index, mask, parts in s["objects"]]
+    anno = _struct([(name, _struct(objects, "class", "class_ind", "mask", "parts"))], "imname", "objects")
+    scipy.io.savemat(root / f"human_parts/{name}.mat", {"anno": anno}, do_compression=True)
+    scipy.io.savemat(root / f"pascal-context/trainval/{name}.mat", {"LabelMap": s["labelmap"]}, do_compression=True)
+    Image.fromarray(s["image"]).save(root / f"JPEGImages/{name}.jpg", quality=92)
+    exact = np.uint8(sum(index * mask for _, index, mask, _ in s["objects"]) + 0 * s["semseg"])
+    folder, semseg = ("semseg/VOC12", s["semseg"]) if seed // 2 % 2 else ("semseg/pascal-context", exact)
+    semseg = Image.fromarray(semseg)
+    palette = [sum((i >> 3 * b + c & 1) << 7 - b for b in range(8)) for i in range(256) for c in range(3)]
+    semseg.putpalette(palette)
+    normals, saliency = np.round((s["normals"] + 1) / 2 * 255).astype(np.uint8), s["saliency"] * np.uint8(255)
+    pngs = {folder: semseg, "normals_distill": Image.fromarray(normals), "sal_distill": Image.fromarray(saliency)}
+    for folder, image in pngs.items():
+        image.save(root / folder / f"{name}.png", compress_level=1)
+    return name, [index if mask.mean() > .002 else -1 for _, index, mask, _ in s["objects"]]
+
+
+def make_demo(root, train=1000, val=200, size=160):
+    """Render a data set in PASCAL-Context's layout; `demo.json` comes last: where it is, all is."""
+    root = Path(root)
+    for folder in ("JPEGImages", "semseg/VOC12", "semseg/pascal-context", "normals_distill", "sal_distill",
+                   "human_parts", "pascal-context/trainval", "ImageSets/Context", "ImageSets/Parts"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    shapes = [(3, 4), (4, 3), (2, 3), (5, 4), (3, 4), (4, 5), (9, 16), (1, 1)]
+    with workers() as pool:
+        for split, count, first in (("train", train, 0), ("val", val, 10**7)):
+            jobs = []
+            for k in range(count):
+                height, width = (round(size * side / max(shapes[k % 8])) for side in shapes[k % 8])
+                name = f"{2010 if first else 2008 + k % 2}_{k + 1:06d}"
+                jobs.append(pool.submit(_write_scene, root, name, first + k, height, width))
+            parts = dict(job.result() for job in jobs)
+            (root / f"ImageSets/Context/{split}.txt").write_text("".join(f"{name}\n" for name in parts))
+            (root / f"ImageSets/Parts/{split}.txt").write_text(json.dumps(parts))
+    (root / "demo.json").write_text(json.dumps({"train": train, "val": val, "size": size, "version": 1}))
+
+
+# ----------------------------------------------------------------------------------------------- python data.py
+
+DEMO = dict(train=1000, val=200, size=160)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("root", metavar="DIR", help="a folder in PASCAL-Context's layout, or the word demo")
+    parser.add_argument("--make", nargs=2, type=int, metavar=("N", "M"),
+                        help="render a demo of N training and M validation images into DIR")
+    parser.add_argument("--size", type=int, default=DEMO["size"],
+                        help="longest side of --make's images, pixels (default %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="check the names of the files only")
+    return command(parser, run, argv)
+
+
+def run(args):
+    root = Path(args.root)
+    if args.make or (args.root == "demo" and not root.exists()):
+        train, val = args.make or (DEMO["train"], DEMO["val"])
+        make_demo(root, train, val, args.size)
+    fine, good = check(locate(root), args.quick)
+    if good and not args.quick:
+        path = f"contact_{root.resolve().name}.png"
+        draw_contact(root, good, path)
+        print(f"drawn: {path}")
+    print("a training could start" if fine else "a training could not start: mend what is listed above")
+    return 0 if fine else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

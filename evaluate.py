@@ -1,0 +1,816 @@
+"""How predictions are judged: losses, metrics, Δm, the table, the pictures.
+
+    python evaluate.py run/                            the five metrics, Δm and pictures of a run, all kept in run/
+    python evaluate.py runs/* --baseline runs/stl_*    one table; single-task runs together make the baseline
+    python evaluate.py run/ photo.jpg                  what the run sees in anyone's photo: run/photo.png
+
+Protocol: that of Vandenhende et al. 2021 and M3ViT (Fan et al. 2022), whose numbers Table 1 of the ASE paper continues. The
+network sees S×S; its predictions are brought to each image's own size and compared there with the untouched truth.
+
+Shapes: B images · C channels · S side of the network's input · H, W an image's own height and width · K thresholds.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from scipy import ndimage
+
+import ase
+import data
+from data import IGNORE, TASKS, UserError, legend_of, paint, removable, sheet
+
+
+def pick_device(name=None, index=0):
+    """The device that a command runs on. Raises UserError for one that isn't there."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name, index) if name == "cuda" else torch.device(name)
+        torch.empty(1, device=device)
+        return device
+    except (RuntimeError, AssertionError):
+        raise UserError(f"no device {name} here: expected cpu, or cuda where torch has it") from None
+
+
+def autocast(device):
+    """bfloat16 on a GPU, the precision of the weights on a CPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+# ----------------------------------------------------------------------------------------------------- losses
+
+
+def count_pixels(targets):
+    """What losses divide by: pixels with ground truth and, among them, those of class 1. → (T, 2)."""
+    counts = []
+    for target in targets.values():
+        valid = target.any(1) if target.dim() == 4 else target != IGNORE
+        counts.append(torch.stack([valid.sum(), (target == 1).sum()]))
+    return torch.stack(counts)
+
+
+def cross_entropy(prediction, target, valid, positive):
+    """Mean over the pixels with ground truth; 0 where there is none. prediction (B, C, S, S), target (B, S, S)."""
+    return F.cross_entropy(prediction, target, ignore_index=IGNORE, reduction="sum") / valid.clamp(min=1)
+
+
+def _weighted_bce(prediction, target, weight):
+    """Σ over pixels of the binary cross-entropy, positives × weight, negatives × (1 − weight)."""
+    weights = torch.where(target == 1, weight, 1 - weight) * (target != IGNORE)
+    return F.binary_cross_entropy_with_logits(prediction[:, 0], (target == 1).float(), weights, reduction="sum")
+
+
+def balanced_bce(prediction, target, valid, positive):
+    """Binary cross-entropy with w = share of negatives: [w Σ_pos + (1 − w) Σ_neg] / pixels."""
+    valid = valid.clamp(min=1)
+    return _weighted_bce(prediction, target, 1 - positive / valid) / valid
+
+
+def edge_bce(prediction, target, valid, positive):
+    """The same with w = 0.95, whatever the batch."""
+    return _weighted_bce(prediction, target, torch.tensor(0.95, device=target.device)) / valid.clamp(min=1)
+
+
+def normals_l1(prediction, target, valid, positive):
+    """Mean |component| between the normalised prediction and the truth, where there is one. Both (B, 3, S, S)."""
+    error = (F.normalize(prediction, dim=1) - target).abs() * target.any(1, keepdim=True)
+    return error.sum() / (3 * valid).clamp(min=1)
+
+
+LOSSES = {f.__name__: f for f in (cross_entropy, balanced_bce, edge_bce, normals_l1)}
+
+
+def losses(predictions, targets, counts=None):
+    """{task: loss} of raw predictions {task: (B, C, S, S)}.
+
+    counts: `count_pixels` summed over the effective batch, of which these images may be a part; then the losses of the
+    parts add up to that of the whole.
+    """
+    targets = {task: targets[task] for task in predictions}
+    counts = count_pixels(targets) if counts is None else counts
+    return {task: LOSSES[TASKS[task].loss](predictions[task].float(), targets[task], *counts[n])
+            for n, task in enumerate(targets)}
+
+
+# ---------------------------------------------------------------------------------------------------- metrics
+# Each is measured image by image as an array of numbers that add up over a split; the value comes from the sum.
+
+SALIENCY_THRESHOLDS = np.arange(20, 91, 5) / 100
+
+
+class Protocol(NamedTuple):
+    """Which of the published variants of odsF: the default is that of ASTMT and M3ViT."""
+
+    nms: bool = True
+    thresholds: int = 101
+
+    def levels(self):
+        """The thresholds: 0.001, 0.01 … 0.99, 0.999, or 99 of them, 0.01 … 0.99."""
+        return THRESHOLDS[1:-1] if self.thresholds == 99 else THRESHOLDS
+
+
+def confusion(prediction, truth, classes):
+    """(classes, 3) pixels: right, predicted, true; pixels without ground truth left out. Both (H, W) integers."""
+    known = truth != IGNORE
+    prediction, truth = prediction[known], truth[known]
+    right = prediction[prediction == truth]
+    return np.stack([np.bincount(x, minlength=classes) for x in (right, prediction, truth)], 1)
+
+
+def miou(total):
+    """Mean over the classes that occur of right / (predicted + true − right), percent; NaN where none does."""
+    right, predicted, true = total.T
+    union = predicted + true - right
+    return 100 * float(np.mean(right[union > 0] / union[union > 0])) if union.any() else math.nan
+
+
+def jaccards(prediction, truth):
+    """(15, 2): for each saliency threshold the Jaccard index of the foreground (1 where both are empty), and 1."""
+    truth = truth == 1
+    found = prediction > SALIENCY_THRESHOLDS[:, None, None].astype(prediction.dtype)     # (15, H, W)
+    both = (found & truth).sum((1, 2))
+    either = found.sum((1, 2)) + truth.sum() - both
+    return np.stack([np.where(either > 0, both / np.maximum(either, 1), 1.0), np.ones(len(both))], 1)
+
+
+def angles(prediction, truth):
+    """(2,): sum of the angles in degrees between unit vectors (3, H, W), where there is truth, and their number."""
+    known = truth.any(0)
+    p, g = prediction[:, known].astype(np.float64), truth[:, known].astype(np.float64)
+    # arccos loses half of its digits near 0° and 180°; this does not
+    angle = 2 * np.arctan2(np.linalg.norm(p - g, axis=0), np.linalg.norm(p + g, axis=0))
+    return np.array([np.degrees(angle).sum(), known.sum()])
+
+
+THRESHOLDS = np.r_[0.001, np.arange(1, 100) / 100, 0.999]  # 101 of them; THRESHOLDS[1:-1] are the 99 of MTLP
+
+
+def suppress(prob):
+    """Non-maximum suppression across the edge, as in the structured-edges toolbox (Dollár and Zitnick 2015).
+
+    prob: (H, W) float, H and W at least 2. Returns a new array of the same shape and type.
+    """
+    triangle = np.array([1, 2, 3, 4, 5, 4, 3, 2, 1]) / 25
+    smooth = ndimage.convolve1d(prob, triangle, axis=0, mode="reflect")
+    smooth = ndimage.convolve1d(smooth, triangle, axis=1, mode="reflect")
+    oy, ox = np.gradient(smooth)
+    oxx = np.gradient(ox, axis=1)
+    oyy, oxy = np.gradient(oy)
+    angle = np.arctan(oyy * np.sign(-oxy) / (oxx + 1e-5)) % np.pi  # of the normal to the edge
+
+    h, w = prob.shape
+    y, x = np.mgrid[:h, :w]
+    kept = prob.copy()
+    for side in (1, -1):
+        at = np.clip(y + side * np.sin(angle), 0, h - 1), np.clip(x + side * np.cos(angle), 0, w - 1)
+        kept[1.01 * prob < ndimage.map_coordinates(prob, at, order=1)] = 0
+
+    margin = min(5, h // 2, w // 2)  # what lies at the border is noise; in the corners both borders count
+    for d in range(margin):
+        for line in kept[d], kept[-1 - d], kept[:, d], kept[:, -1 - d]:
+            line *= d / margin
+    return kept
+
+
+def thin_words(words):
+    """`thin` to convergence for many sparse maps: words (J, H, W) unsigned, one bit a map.
+
+    A half-pass looks again only at pixels around which something changed since it last did: 9 to 13 times as
+    fast as `thin` on 101 thresholds of one 500×375 image.
+    """
+    p = np.pad(words, ((0, 0), (1, 1), (1, 1)))
+    flat = p.reshape(-1)
+    row = p.shape[-1]
+    ring = [1, 1 - row, -row, -row - 1, -1, row - 1, row, row + 1]  # E NE N NW W SW S SE
+    todo = [flat != 0, flat != 0]  # for each half-pass
+    while todo[0].any() or todo[1].any():
+        at = np.flatnonzero(todo[0])
+        todo[0][:] = False
+        gone = flat[at] & removable(*[flat[at + step] for step in ring])
+        flat[at] ^= gone
+        changed = at[gone != 0]
+        for step in ring + [0]:
+            todo[0][changed + step] = True
+            todo[1][changed + step] = True
+        todo = [todo[1] & (flat != 0), todo[0] & (flat != 0)]
+        ring = ring[4:] + ring[:4]
+    return p[:, 1:-1, 1:-1]
+
+
+def threshold_bits(prob, thresholds):
+    """(H, W) probabilities, K ascending thresholds -> (J, H, W) uint64: bit k % 64 of word k // 64."""
+    count = len(thresholds)
+    levels = np.searchsorted(thresholds, prob)  # how many thresholds lie below: all of their bits are set
+    bits = np.arange(-(-count // 64) * 64) < np.arange(count + 1)[:, None]
+    table = np.packbits(bits, axis=1, bitorder="little").view("<u8")  # (K + 1, J)
+    return np.stack([column[levels] for column in table.T])
+
+
+def within_reach(predicted, gt, reach):
+    """For each pixel of `predicted`, in row order: numbers of the truth pixels in reach, nearest first."""
+    r = int(reach)
+    steps = [(np.hypot(i, j), i, j) for i in range(-r, r + 1) for j in range(-r, r + 1)]
+    number = np.where(predicted, np.cumsum(predicted).reshape(predicted.shape) - 1, -1)
+    number = np.pad(number, r, constant_values=-1)
+    at = np.flatnonzero(np.pad(gt, r))
+    found = [number.reshape(-1)[at + i * number.shape[1] + j] for d, i, j in sorted(steps) if d <= reach]
+    found = np.stack(found)  # (steps, truth pixels): the predicted pixel there, or -1
+    step, truth = np.nonzero(found >= 0)
+    pixel = found[step, truth]
+    order = np.argsort(pixel, kind="stable")
+    ends = np.cumsum(np.bincount(pixel, minlength=predicted.sum())).tolist()
+    truth = truth[order].tolist()
+    return [truth[start:end] for start, end in zip([0] + ends, ends)]
+
+
+def search(start, links, owner, seen):
+    """An alternating path from the predicted pixel `start` to an unmatched truth pixel, leaving out `seen`.
+
+    Returns its end (-1: there is none) and {truth pixel: the predicted pixel it was reached from}. Depth
+    first: where much is matched, breadth first would look at a growing disc before it finds a way out.
+    """
+    came = {}
+    stack = [start]
+    while stack:
+        pixel = stack.pop()
+        for truth in links[pixel]:
+            if truth in came or truth in seen:
+                continue
+            came[truth] = pixel
+            if owner[truth] < 0:
+                return truth, came
+            stack.append(owner[truth])
+    return -1, came
+
+
+def match(links, truths, kept):
+    """How many pairs a maximum one-to-one matching has, for each threshold: a list of K numbers.
+
+    links: for each of n predicted pixels, the truth pixels (numbers below `truths`) it may be matched with.
+    kept: (K, n) bool, the predicted pixels that threshold k has; neighbouring rows should differ little.
+
+    Berge's theorem: a matching is maximum when no path leads from an unmatched predicted pixel, by turns over
+    a free link and a matched one, to an unmatched truth pixel. Each such path makes one pair more.
+    """
+    near = np.array([len(link) > 0 for link in links], dtype=bool)
+    mate = [-1] * len(links)  # of each predicted pixel
+    owner = [-1] * truths  # of each truth pixel
+    before = np.zeros(len(links), dtype=bool)
+    single = []  # the predicted pixels without a mate
+    sizes = []
+    for now in kept[::-1] & near:  # from few pixels to many: what was matched stays matched where it can
+        for pixel in np.flatnonzero(before & ~now).tolist():
+            if mate[pixel] >= 0:
+                owner[mate[pixel]] = -1
+                mate[pixel] = -1
+        single = [pixel for pixel in single if now[pixel]] + np.flatnonzero(now & ~before).tolist()
+        before = now
+        proven = False
+        while not proven:
+            proven = True
+            todo, single = single, []
+            seen = set()
+            for pixel in todo:
+                truth, came = search(pixel, links, owner, seen)
+                if truth < 0:
+                    single.append(pixel)
+                    seen.update(came)  # no path leads on from these, and no later path changes that
+                elif len(came) > 300:  # only these: a round more costs more than short paths looked at again
+                    seen.update(came)  # a dense map: look at these no more in this round, but make another
+                    proven = False
+                while truth >= 0:  # back along the path: each predicted pixel takes the next truth pixel
+                    pixel = came[truth]
+                    owner[truth] = pixel
+                    mate[pixel], truth = truth, mate[pixel]
+        sizes.append(int(now.sum()) - len(single))
+    return sizes[::-1]
+
+
+def edge_counts(prob, gt, thresholds, max_dist=0.0075, nms=True):
+    """Counts for odsF of one image -> (K, 3) int64: matched, predicted (after thinning) and truth pixels.
+
+    prob: (H, W) float in [0, 1], at the truth's own size. gt: (H, W) bool, thin. thresholds: K numbers;
+    predicted is what lies above, strictly. A pair may match up to max_dist × the image's diagonal (4.7 pixels
+    at 500×375), one to one. Sum the counts over the images, then `ods_f`.
+    ValueError: two shapes, no floats, or NaN.
+    """
+    prob, gt = np.asarray(prob), np.asarray(gt, dtype=bool)
+    if prob.ndim != 2 or prob.shape != gt.shape:
+        raise ValueError(f"edge map {prob.shape} and truth {gt.shape} should be (H, W), both the same")
+    if prob.dtype.kind != "f":
+        raise ValueError(f"the edge map is {prob.dtype}; float probabilities in [0, 1] were expected")
+    if np.isnan(prob).any():
+        raise ValueError("the edge map holds NaN; probabilities in [0, 1] were expected")
+    if nms:
+        prob = suppress(prob)
+    thresholds = np.asarray(thresholds, dtype=prob.dtype)  # 0.2 in float32 is not above 0.2
+    order = np.argsort(thresholds)
+    words = thin_words(threshold_bits(prob, thresholds[order]))
+
+    predicted = words.any(axis=0)  # by any threshold: n pixels
+    octets = np.ascontiguousarray(words[:, predicted].T).view(np.uint8)
+    kept = np.unpackbits(octets, axis=1, bitorder="little", count=len(order))
+    kept = kept.T.astype(bool, order="C")  # (K, n)
+    links = within_reach(predicted, gt, max_dist * np.hypot(*gt.shape))
+
+    counts = np.empty((len(order), 3), dtype=np.int64)
+    counts[order, 0] = match(links, int(gt.sum()), kept)
+    counts[order, 1] = kept.sum(axis=1)
+    counts[:, 2] = gt.sum()
+    return counts
+
+
+def ods_f(counts):
+    """(K, 3) counts, summed over the images -> the largest F, in percent; NaN where there is no truth."""
+    matched, predicted, truth = np.asarray(counts).T
+    if not truth.any():
+        return float("nan")
+    # P = matched / predicted, R = matched / truth: F = 2PR / (P + R) = 2 · matched / (predicted + truth)
+    return float(100 * (2 * matched / (predicted + truth)).max())
+
+
+class Metric(NamedTuple):
+    squash: Callable   # raw output (C, S, S) → what is brought to native size
+    decide: Callable   # that, at native size → the prediction that is judged and drawn
+    measure: Callable  # (prediction, truth, channels, protocol) → numbers that add up over images
+    value: Callable    # their sum → the metric
+    constant: tuple    # the raw output that knows nothing: the first channels', the others are 0
+
+
+METRICS = {
+    "miou": Metric(lambda x: x, lambda x: x.argmax(0), lambda p, t, channels, _: confusion(p, t, channels), miou, (1,)),
+    "max_iou": Metric(torch.sigmoid, lambda x: x[0], lambda p, t, *_: jaccards(p, t),
+                      lambda total: 100 * float((total[:, 0] / total[:, 1]).max()), (9,)),
+    "odsf": Metric(torch.sigmoid, lambda x: x[0], lambda p, t, _, protocol: edge_counts(
+        p, t == 1, protocol.levels(), nms=protocol.nms), ods_f, (9,)),
+    "angle": Metric(lambda x: F.normalize(x, dim=0), lambda x: F.normalize(x, dim=0), lambda p, t, *_: angles(p, t),
+                    lambda total: float(total[0] / total[1]) if total[1] else math.nan, (0, 0, 1)),
+}
+
+
+def metric_of(task):
+    return METRICS[TASKS[task].metric]
+
+
+def values(totals):
+    """{task: metric} from sums over a split."""
+    return {task: metric_of(task).value(total) for task, total in totals.items()}
+
+
+# ------------------------------------------------------------------------------------------ judging a model
+
+
+def to_native(squashed, size):
+    """{task: (C, S, S)} → {task: prediction at size (H, W), as `data.paint` draws it and `Metric.measure` takes it}."""
+    return {task: metric_of(task).decide(F.interpolate(torch.from_numpy(x)[None], size, mode="bilinear")[0]).numpy()
+            for task, x in squashed.items()}
+
+
+@torch.inference_mode()
+def predict(model, images, mean_std, device):
+    """Images, a list of (3, H, W) uint8 of any sizes → for each {task: (C, S, S) squashed output, numpy}."""
+    side = model.config.image
+    inputs = [F.interpolate(torch.from_numpy(image)[None].to(device).float(), (side, side), mode="bilinear")
+              for image in images]
+    with autocast(device):
+        predictions, _ = model.eval()(data.normalise(torch.cat(inputs), mean_std))
+    return [{task: metric_of(task).squash(p[i].float()).cpu().numpy() for task, p in predictions.items()}
+            for i in range(len(images))]
+
+
+def _judge(job):
+    """One image in a worker: its files, each read once, against the model's outputs and against a constant."""
+    root, id, image, squashed, protocol = job
+    planes = torch.from_numpy(data.read_planes(root, id, image))
+    truth = {task: x[0].numpy() for task, x in data.targets(planes[None]).items()}
+    totals, constants = {}, {}
+    for task, x in squashed.items():
+        metric, channels = metric_of(task), TASKS[task].channels
+        constant = torch.zeros(channels, 1, 1)
+        constant[:len(metric.constant), 0, 0] = torch.tensor(metric.constant, dtype=torch.float32)
+        for result, outputs in ((totals, x), (constants, metric.squash(constant).numpy())):
+            prediction = to_native({task: outputs}, image.shape[1:])[task]
+            result[task] = metric.measure(prediction, truth[task], channels, protocol)
+    return totals, constants
+
+
+def judge(model, dataset, mean_std, device, protocol=Protocol(), batch=16):
+    """Judge a model on a split: {task: summed numbers}, and the same for a constant prediction.
+
+    The model runs here, the files are read and the metrics computed by workers, one image a job; memory does not grow
+    with the number of images.
+    """
+
+    def jobs(pool):
+        images = data.ahead(lambda id: data.read_map(dataset.root, "image", id, None), dataset.ids, pool)
+        for start in range(0, len(dataset), batch):
+            ids = dataset.ids[start:start + batch]
+            loaded = [next(images) for _ in ids]
+            for id, image, squashed in zip(ids, loaded, predict(model, loaded, mean_std, device)):
+                yield dataset.root, id, image, squashed, protocol
+
+    totals, constants = {}, {}
+    with concurrent.futures.ThreadPoolExecutor(2) as readers, data.workers() as pool:
+        results = data.ahead(_judge, jobs(readers), pool, depth=64)
+        for result in data.progress(results, len(dataset), "evaluate"):
+            for sums, one in zip((totals, constants), result):
+                for task, numbers in one.items():
+                    sums[task] = sums.get(task, 0) + numbers
+    return totals, constants
+
+
+def evaluate(model, dataset, mean_std="imagenet", device="cpu", protocol=Protocol()):
+    """{task: metric} of a model on a split (`data.PascalContext`), at native size, in the units of `TASKS`."""
+    return values(judge(model, dataset, mean_std, device, protocol)[0])
+
+
+# --------------------------------------------------------------------------------------------- Δm and baselines
+
+BASELINES = {
+    # Table 1 of the ASE paper: single-task ResNet-18 on PASCAL-Context
+    "resnet18": {"semseg": 60.1, "human_parts": 51.0, "sal": 63.2, "edge": 50.8, "normals": 15.4},
+    # the survey of Vandenhende et al. 2021, its single-task baseline
+    "survey": {"semseg": 66.2, "human_parts": 59.9, "sal": 66.3, "edge": 68.8, "normals": 13.9},
+}
+
+
+def delta_m(metrics, baseline):
+    """Δm = 100/T Σ_t s_t (M_t − B_t) / B_t, s = −1 where lower is better, percent. Raises UserError for a gap."""
+    gains = []
+    for task, value in metrics.items():
+        if task not in baseline:
+            raise UserError(f"the baseline has no {task}: expected {', '.join(metrics)}; name more runs, --baseline RUN…")
+        sign = -1 if TASKS[task].lower_is_better else 1
+        gains.append(sign * (value - baseline[task]) / baseline[task])
+    return 100 * sum(gains) / len(gains)
+
+
+# ------------------------------------------------------------------------------------------------------- runs
+
+
+class Run(NamedTuple):
+    folder: Path
+    settings: dict      # config.json: the flags of train.py as resolved, and "model", the fields of ase.Config
+    config: ase.Config
+
+
+def open_run(folder):
+    """Read a run's config.json. Raises UserError for anything that is not a run."""
+    path = Path(folder) / "config.json"
+    try:
+        settings = json.loads(path.read_text())
+        return Run(Path(folder), settings, ase.Config(**settings["model"]))
+    except OSError:
+        raise UserError(f"{folder} is no run folder: it has no config.json; name a folder that train.py made") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is broken ({error}): train again into another folder, --out DIR") from None
+
+
+def load_checkpoint(path):
+    """What `train.py` saved. Raises UserError where there is nothing, or a broken file."""
+    if not Path(path).is_file():
+        raise UserError(f"no checkpoint {path}: the run has not finished its first epoch; start train.py again")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds on a truncated file
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(f"cannot read {path} ({reason}): delete it and start train.py again") from None
+
+
+def load_model(run, device):
+    """The trained model of a run, ready to predict."""
+    model = ase.ASE(run.config)
+    try:
+        model.load_state_dict(load_checkpoint(run.folder / "checkpoint.pt")["model"])
+    except (RuntimeError, KeyError, TypeError):
+        raise UserError(f"{run.folder}/checkpoint.pt does not fit its config.json: train again") from None
+    return model.to(device).eval()
+
+
+def judge_run(run, args, device):
+    """The results of a run, from metrics.json where the same was computed before; pictures are drawn beside it."""
+    root = Path(args.data or run.settings["data"])
+    protocol = Protocol(not args.no_nms, args.thresholds)
+    path = run.folder / "metrics.json"
+    try:
+        stat = (run.folder / "checkpoint.pt").stat()
+    except OSError:
+        load_checkpoint(run.folder / "checkpoint.pt")
+    key = [stat.st_size, stat.st_mtime_ns, str(root), args.ids, args.quick, *protocol]
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        known = json.loads(path.read_text())
+        if known["key"] == key:
+            return known
+    start = time.time()
+    dataset = data.PascalContext(root, "val", run.config.image)
+    if args.ids:
+        dataset.ids = select_ids(dataset.ids, args.ids)
+    if args.quick:
+        dataset.ids = dataset.ids[::max(1, len(dataset) // 50)]
+    model = load_model(run, device)
+    mean_std = run.settings["mean_std"]
+    totals, constants = judge(model, dataset, mean_std, device, protocol)
+    result = {"metrics": values(totals), "constant": values(constants), "images": len(dataset), "key": key,
+              "seconds": round(time.time() - start, 1)}
+    if "edge" in totals:
+        result["edge"] = {"thresholds": protocol.levels().tolist(), "counts": totals["edge"].tolist(),
+                          "nms": protocol.nms}
+    data.write_json(path, result)
+    draw_run(run, result, model, dataset, device)
+    return result
+
+
+# --------------------------------------------------------------------------------------- pictures
+
+def draw_predictions(path, samples):
+    """Draw a row for each sample (image (H, W, 3) uint8, truth {task: array}, prediction {task: array}),
+    truth beside prediction, arrays as `paint` takes them. Where truth is None (a photo), it is left out."""
+    sides = [(1, "truth"), (2, "prediction")][samples[0][1] is None:]
+    tasks = list(samples[0][2])
+    columns = [(task, side, name) for task in tasks for side, name in sides]
+    rows = [[sample[0]] + [paint(TASKS[task], sample[side][task]) for task, side, _ in columns]
+            for sample in samples]
+    titles = ["image", *(f"{task} {name}" for task, _, name in columns)]
+    legend = []
+    for task in tasks:
+        maps = [sample[side][task] for sample in samples for side, _ in sides]
+        legend += [(task, None), *legend_of(TASKS[task], maps)]
+    sheet(rows, titles, legend, cell=min(280, 1980 // len(titles)), path=path)
+
+
+BLUE, PALE, ORANGE, GREY = (31, 98, 170), (175, 200, 230), (230, 110, 20), (200, 200, 200)
+
+
+def shade(values):
+    """Colours (..., 3) uint8 of values in [0, 1]: white, blue, black, by their root to show small ones."""
+    return (255 * (1 - np.sqrt(values)[..., None]) ** (2.4, 1.1, 0.5)).astype(np.uint8)
+
+
+def round_ticks(low, high):
+    """At most seven round numbers, 1, 2 or 5 times a power of ten apart, from low to high."""
+    least = max(high - low, 1e-9) / 6
+    step = next(step for step in np.outer(10.0 ** np.arange(-10, 12), (1, 2, 5)).flat if step >= least)
+    return np.arange(np.ceil(low / step - 1e-6), np.floor(high / step + 1e-6) + 1) * step + 0.0  # no -0
+
+
+def plot(size, xlim, ylim, labels, series=(), heat=None, xticks=None, yticks=None):
+    """A panel (H, W, 3) uint8 around axes of `size` (width, height), at twice that size: `sheet` shrinks it,
+    which smooths the lines. Labels: title, x, y. Series: (xs, ys, colour, line width, or 0 for dots, name at
+    its end), clipped to the axes. Heat: (rows, columns, 3) uint8, fills the axes, first row on top."""
+    left, top, right, bottom = 136, 56, 136 + 2 * size[0], 56 + 2 * size[1]
+    panel = Image.new("RGB", (right + 60, bottom + 76), "white")
+    draw, font = ImageDraw.Draw(panel), ImageFont.load_default(26)
+    if heat is not None:
+        panel.paste(Image.fromarray(heat).resize((right - left, bottom - top), Image.NEAREST), (left, top))
+    for tick in round_ticks(*ylim) if yticks is None else yticks:
+        y = np.interp(tick, ylim, (bottom, top))
+        draw.line((left - 8, y, right if heat is None else left, y), "gainsboro", 2)
+        draw.text((left - 12, y), f"{tick:g}", "dimgray", font, "rm")
+    for tick in round_ticks(*xlim) if xticks is None else xticks:
+        x = np.interp(tick, xlim, (left, right))
+        draw.line((x, bottom, x, bottom + 8), "dimgray", 2)
+        draw.text((x, bottom + 12), f"{tick:g}", "dimgray", font, "mt")
+    draw.rectangle((left, top, right, bottom), outline="dimgray", width=2)
+    for xs, ys, colour, width, name in series:
+        points = zip(np.interp(xs, xlim, (left, right)), np.interp(ys, ylim, (bottom, top)))
+        points = [point for point in points if np.isfinite(point).all()]
+        if width:
+            draw.line(points, colour, 2 * width, joint="curve")
+        else:
+            for x, y in points:
+                draw.ellipse((x - 8, y - 8, x + 8, y + 8), colour, "white", 2)
+        for x, y in points[-1:]:
+            draw.text((x + 6, y), name, "dimgray", font, "lm")
+    draw.text((left + 8, top - 14), labels[0], "black", font, "ls")
+    draw.text(((left + right) / 2, bottom + 70), labels[1], "dimgray", font, "ms")
+    draw.text((left - 12, top - 14), labels[2], "dimgray", font, "rs")
+    return np.asarray(panel)
+
+
+def draw_experts(path, epochs, tasks, shared):
+    """Draw Fig. 4: the mean gate of each expert in each layer, task by task, at the first, third and last
+    epoch. Epochs: (number, gates (L, T, N), the shared experts first). Without experts nothing is drawn."""
+    gates = {number: np.asarray(values) for number, values in epochs}
+    shown = [number for i, number in enumerate(gates) if i in (0, 2, len(gates) - 1)]
+    if not shown or gates[shown[0]].size == 0:
+        return
+    layers, _, experts = gates[shown[0]].shape
+    high = max(gates[number].max() for number in shown) or 1
+    size = (experts * max(5, 288 // experts), layers * max(9, 96 // layers))
+    edge, top = shared + 0.5, layers + 0.5
+    around = ([0.5, edge, edge, 0.5, 0.5], [0.5, 0.5, top, top, 0.5], ORANGE, 2, "")
+    axes = dict(
+        size=size, labels=("shared" if shared else "", "expert", "layer"), series=[around] if shared else (),
+        xlim=(0.5, experts + 0.5), xticks=range(experts, 0, -(1 + experts // 9)),
+        ylim=(0.5, top), yticks=range(layers, 0, -(1 + layers // 9)))
+    rows = [[plot(heat=shade(gates[number][::-1, t] / high), **axes) for number in shown]
+            for t in range(len(tasks))]
+    ramp = shade(np.linspace(0, 1, size[0]))[None]
+    bar = plot((size[0], 14), (0, high), (0, 1), ("", "mean gate", ""), heat=ramp, yticks=())
+    titles = [f"epoch {number}" for number in shown]
+    sheet([*rows, [bar]], titles, labels=tasks, cell=bar.shape[1] // 2, frame="white", path=path)
+
+
+def draw_curves(path, records):
+    """Draw each task's losses and the learning rate from the records of log.jsonl. Without steps: nothing."""
+    steps, epochs = [{r["step"]: r for r in records if r["kind"] == kind} for kind in ("step", "epoch")]
+    if not steps:
+        return
+    x = list(steps)
+    window = np.ones(1 + len(x) // 20)
+    axes = dict(size=(330, 190), xlim=(0, x[-1]))
+    panels = []
+    for task in next(iter(steps.values()))["losses"]:
+        train = [record["losses"][task] for record in steps.values()]
+        val = [record["val"][task] for record in epochs.values()]
+        mean = np.convolve(train, window, "same") / np.convolve(np.ones(len(x)), window, "same")
+        lines = [(x, train, PALE, 1, ""), (x, mean, BLUE, 2, ""), (list(epochs), val, ORANGE, 0, "")]
+        ylim = np.nanpercentile(train + val, (0, 99))
+        panels.append(plot(ylim=ylim, labels=(task, "step", "loss"), series=lines, **axes))
+    rate = [record["lr"] for record in steps.values()]
+    lines = [(x, rate, BLUE, 2, "")]
+    panels.append(plot(ylim=(0, max(rate)), labels=("learning rate", "step", ""), series=lines, **axes))
+    legend = [("training loss, each step", PALE), ("its running mean", BLUE), ("validation loss", ORANGE)]
+    rows = [panels[i:i + 3] for i in range(0, len(panels), 3)]
+    sheet(rows, legend=legend, cell=panels[0].shape[1] // 2, frame="white", path=path)
+
+
+def draw_edges(path, counts, thresholds):
+    """Draw precision against recall of the edges from counts (K, 3), the split's pixels matched, predicted
+    and true at each of K thresholds, and the best F. Without true pixels nothing is drawn."""
+    matched, predicted, truth = np.asarray(counts, float).T
+    if not truth.any():
+        return
+    precision, recall = matched / np.where(predicted, predicted, np.nan), matched / truth
+    f = 2 * matched / (predicted + truth)  # = 2PR / (P + R)
+    best = f.argmax()
+    series = []
+    for level in np.arange(2, 10) / 10:  # the lines of equal F
+        r = np.linspace(level / (2 - level), 1, 100)
+        series.append((r, level * r / (2 * r - level), GREY, 1, f"{level}"))
+    series += [(recall, precision, BLUE, 2, ""), (recall[[best]], precision[[best]], ORANGE, 0, "")]
+    title = (f"odsF {100 * f[best]:.1f} at t = {thresholds[best]:.3g} "
+             f"(P {100 * precision[best]:.1f}, R {100 * recall[best]:.1f})")
+    panel = plot((420, 420), (0, 1), (0, 1), (title, "recall", "precision"), series)
+    legend = [(f"{len(f)} thresholds", BLUE), ("best F", ORANGE), ("equal F, as at the right", GREY)]
+    sheet([[panel]], legend=legend, cell=max(panel.shape) // 2, frame="white", path=path)
+
+
+# -------------------------------------------------------------------------------------------- python evaluate.py
+
+
+def read_log(folder):
+    """The records of a run's log.jsonl, [] where there is none."""
+    path = folder / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def draw_run(run, result, model, dataset, device):
+    """All pictures of a run, into its folder."""
+    chosen = range(0, len(dataset), max(1, len(dataset) // 6))[:6]
+    samples = []
+    for i in chosen:
+        image, truth = dataset[i]
+        squashed = predict(model, [image.numpy()], run.settings["mean_std"], device)[0]
+        truth = {task: truth[task].numpy() for task in squashed}
+        samples.append((image.permute(1, 2, 0).numpy(), truth, to_native(squashed, image.shape[1:])))
+    draw_predictions(run.folder / "predictions.png", samples)
+    records = read_log(run.folder)
+    epochs = [(r["epoch"], r["gates"]) for r in records if r["kind"] == "epoch"]
+    draw_experts(run.folder / "experts.png", epochs, list(run.config.tasks), run.config.shared)
+    draw_curves(run.folder / "curves.png", records)
+    if "edge" in result:
+        draw_edges(run.folder / "edges.png", result["edge"]["counts"], result["edge"]["thresholds"])
+
+
+def draw_photo(run, path, model, device):
+    """The predictions for a photo as one picture, run/NAME.png: turned as EXIF says, transparency on white."""
+    try:
+        with Image.open(path) as photo:
+            photo = ImageOps.exif_transpose(photo)
+            if photo.has_transparency_data:
+                photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo.convert("RGBA"))
+            photo.thumbnail((2048, 2048))
+            image = np.array(photo.convert("RGB")).transpose(2, 0, 1)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read the photo {path} ({error}): expected an image that Pillow opens") from None
+    squashed = predict(model, [image], run.settings["mean_std"], device)[0]
+    out = run.folder / f"{path.stem}.png"
+    draw_predictions(out, [(image.transpose(1, 2, 0), None, to_native(squashed, image.shape[1:]))])
+    print(f"drawn: {out}")
+
+
+def baseline_of(args, runs, results, device):
+    """(name, {task: value}) to compare with: as named by --baseline, else that of the data set, else (None, {})."""
+    if args.baseline and len(args.baseline) == 1 and args.baseline[0] in BASELINES:
+        return args.baseline[0], BASELINES[args.baseline[0]]
+    if args.baseline:
+        gathered = {}
+        for folder in args.baseline:
+            if not Path(folder).is_dir():
+                raise UserError(f"unknown baseline {folder}: expected one of {', '.join(BASELINES)}, or run folders")
+            for task, value in judge_run(open_run(folder), args, device)["metrics"].items():
+                gathered.setdefault(task, []).append(value)
+        return " ".join(args.baseline), {task: float(np.mean(v)) for task, v in gathered.items()}
+    roots = {args.data or run.settings["data"] for run in runs}
+    if len(roots) > 1:
+        raise UserError(f"runs on several data sets ({', '.join(sorted(roots))}) have no baseline in common: name one")
+    marker = Path(roots.pop()) / "demo.json"
+    if not marker.is_file():
+        return "resnet18", BASELINES["resnet18"]
+    made = json.loads(marker.read_text())
+    return ("demo", BASELINES["demo"]) if data.DEMO.items() <= made.items() else (None, {})
+
+
+def print_table(runs, results, name, baseline):
+    """One row a run: configuration, metrics, Δm, parameters; then what they are compared with."""
+    wide = max(12, *(len(str(run.folder)) for run in runs))
+    arrow = {True: "↓", False: "↑"}
+    print(f"\n{'':{wide}}{'':>14}" + "".join(f"{task:>13}" for task in TASKS))
+    heads = "".join(f"{task.title + ' ' + arrow[task.lower_is_better]:>13}" for task in TASKS.values())
+    print(f"{'run':{wide}}{'(N/k/S/r)':>14}{heads}{'Δm %':>9}{'params M':>10}{'trained':>9}")
+
+    def row(label, configuration, metrics, rest=""):
+        cells = "".join(f"{metrics[task]:13.2f}" if task in metrics else f"{'–':>13}" for task in TASKS)
+        print(f"{label:{wide}}{configuration:>14}{cells}{rest}")
+
+    for run, result in zip(runs, results):
+        c = run.config
+        with torch.device("meta"):
+            counts = ase.count(ase.ASE(c)).values()
+        total, trained = (sum(n[i] for n in counts) / 1e6 for i in (0, 1))
+        delta = f"{result['delta_m']:+9.2f}" if result["delta_m"] is not None else f"{'–':>9}"
+        numbers = f"{c.experts}/{c.topk}/{c.shared}/{c.rank}" if c.experts else "no experts"
+        row(str(run.folder), numbers, result["metrics"], f"{delta}{total:10.2f}{trained:9.2f}")
+    if name:
+        row(f"baseline {name}"[:wide + 14], "", baseline)
+    row("constant", "", results[0]["constant"])
+    protocol = results[0].get("edge")
+    if protocol:
+        print(f"\n{results[0]['images']} images at native size; odsF {'with' if protocol['nms'] else 'without'} NMS, "
+              f"{len(protocol['thresholds'])} thresholds; baseline: {name or 'none for this data, name one: --baseline'}")
+
+
+def select_ids(ids, path):
+    """The ids that the file `path` lists, which must all be among `ids`."""
+    try:
+        wanted = Path(path).read_text().split()
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"cannot read the list of ids {path}: expected a text file, one id a line") from None
+    unknown = sorted(set(wanted) - set(ids))
+    if unknown or not wanted:
+        raise UserError(f"{path} lists {unknown[0] if unknown else 'no id'}: expected ids of val.txt, one a line")
+    return wanted
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("paths", nargs="+", metavar="RUN|PHOTO", help="run folders; photos, with one run")
+    parser.add_argument("--baseline", nargs="+", metavar="NAME|RUN",
+                        help=f"what Δm compares with: {', '.join(BASELINES)}, or runs whose metrics together make one "
+                             "(default: demo on the default demo, resnet18 elsewhere)")
+    parser.add_argument("--data", metavar="DIR", help="the data set (default: the one the run was trained on)")
+    parser.add_argument("--device", help="cpu, cuda, … (default: cuda where there is one)")
+    parser.add_argument("--no-nms", action="store_true", help="odsF without non-maximum suppression, as MTLP has it")
+    parser.add_argument("--thresholds", type=int, choices=(99, 101), default=101,
+                        help="of odsF: 99 is MTLP's 0.01 … 0.99, 101 adds 0.001 and 0.999 (default %(default)s)")
+    parser.add_argument("--ids", metavar="FILE", help="judge only the ids listed in FILE, one a line")
+    parser.add_argument("--quick", action="store_true", help="judge at most 50 images, spread over the split")
+    return data.command(parser, run, argv)
+
+
+def run(args):
+    device = pick_device(args.device)
+    photos = [Path(p) for p in args.paths if Path(p).is_file()]
+    runs = [open_run(p) for p in args.paths if Path(p) not in photos]
+    if not runs:
+        raise UserError(f"no run folder among {', '.join(args.paths)}: name the one train.py made, such as run/")
+    if photos:
+        if len(runs) > 1:
+            raise UserError(f"{len(runs)} runs and photos: name one run with them")
+        model = load_model(runs[0], device)
+        for photo in photos:
+            draw_photo(runs[0], photo, model, device)
+        return
+    results = [judge_run(run, args, device) for run in runs]
+    name, baseline = baseline_of(args, runs, results, device)
+    for trained, result in zip(runs, results):
+        result["baseline"], result["delta_m"] = name, delta_m(result["metrics"], baseline) if baseline else None
+        data.write_json(trained.folder / "metrics.json", result)
+    print_table(runs, results, name, baseline)
+    pictures = sorted(p.name for p in runs[0].folder.glob("*.png"))
+    print(f"pictures in {runs[0].folder}: {', '.join(pictures)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

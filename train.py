@@ -1,0 +1,495 @@
+"""Train a model on dense tasks into a run folder, or continue what was interrupted there.
+
+    python train.py --experts 32 --topk 6 --shared 2 --rank 2         ASE on the demo world, which is made where missing
+    python train.py --gating fixed --shared 0 --topk 4                vanilla LoRA-MoE, the paper's baseline
+    python train.py --gating fixed                                    naive shared expert: its gate is always 1
+    python train.py --gating joint --shared 0 --topk 4                the control the paper lacks: kept gates sum to 1
+    python train.py --experts 0                                       the plain multi-task ViT
+    python train.py --experts 0 --tasks semseg                        a single-task model
+    python train.py --data PASCAL_MT --weights vit_base.safetensors   the paper's setting
+    torchrun --nproc_per_node=8 train.py …                            the same training on several GPUs
+
+The run folder holds config.json, log.jsonl (a record a step and an epoch) and checkpoint.pt, and is all that
+evaluate.py needs. Every step's randomness is a function of the seed and the step alone, so a run that was killed at
+any moment and started again with the same command ends, on a CPU, in the same weights bit for bit.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import ase
+import data
+import evaluate
+from data import TASKS, UserError
+
+# What the paper does not say is ours: optimiser, learning rate, warm-up, clipping.
+DEFAULTS = {
+    "demo": dict(backbone="vit_tiny", epochs=6, batch=16, lr=2e-3, val_subset=64),
+    "pascal": dict(backbone="vit_base", epochs=40, batch=32, lr=5e-4, val_subset=500),
+}
+WEIGHT_DECAY = 0.01
+WARMUP = 0.05        # share of all steps
+CLIP = 10.0          # largest norm of the gradient
+PRETRAINED_LR = 0.1  # pretrained weights that are trained (--lora 0) move at this share of the learning rate
+LOG_EVERY = 10       # steps
+
+
+
+def learning_rate(step, steps, peak):
+    """Linear warm-up, then a cosine to zero: the last epoch needs no choice of a best one, and, unlike poly, there is
+    no exponent to choose."""
+    warmup = max(1, round(WARMUP * steps))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def shuffle(number, epoch, seed):
+    """The order of the images in an epoch, and the augmentation of each: the same on any number of processes."""
+    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+    return torch.randperm(number, generator=generator).tolist(), data.random_warps(number, generator)
+
+
+@contextlib.contextmanager
+def first(rank):
+    """Process 0 does what is inside before the others do it."""
+    if rank:
+        dist.barrier()
+    yield
+    if rank == 0 and dist.is_initialized():
+        dist.barrier()
+
+
+def train(settings, args, rank, world, device):
+    root, out, config = Path(settings["data"]), Path(args.out), ase.Config(**settings["model"])
+    checkpoint = resume(out, settings)
+    if checkpoint and checkpoint["epoch"] == settings["epochs"]:
+        return print(f"{out} is finished, {settings['epochs']} epochs: python evaluate.py {out}")
+
+    # -- the data
+    with first(rank):
+        prepare(settings, args, device)
+    splits = {split: data.PascalContext(root, split, config.image) for split in ("train", "val")}
+    splits["val"].ids = splits["val"].ids[::-(-len(splits["val"]) // settings["val_subset"])]
+    for dataset in splits.values():
+        with first(rank):
+            dataset.cache = data.build_cache(root, dataset.ids, args.cache)
+    batch, batches = settings["batch"], dict(device=device, mean_std=settings["mean_std"], threads=args.workers)
+    steps = len(splits["train"]) // batch                                                # in an epoch
+    if steps == 0:
+        raise UserError(f"--batch {batch} is larger than the {len(splits['train'])} training images: lower it")
+
+    # -- the model
+    torch.manual_seed(settings["seed"])
+    model = ase.ASE(config).to(device)
+    model.checkpointing = args.checkpointing
+    loaded = ase.load_backbone(model, settings["weights"]) if settings["weights"] != "none" else "random weights"
+    groups = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[ase.part(name) == "backbone" and settings["weights"] != "none"].append(parameter)
+    optimizer = torch.optim.AdamW([{"params": groups[False], "share": 1.0},
+                                   {"params": groups[True], "share": PRETRAINED_LR}], weight_decay=WEIGHT_DECAY)
+    start = 0
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        start = checkpoint["epoch"]
+    network = torch.compile(model) if args.compile else model
+    if world > 1:
+        network = DistributedDataParallel(network)
+    weights = {task: TASKS[task].weight if len(config.tasks) > 1 else 1 for task in config.tasks}
+    if rank == 0 and not checkpoint:
+        out.mkdir(parents=True, exist_ok=True)
+        data.write_json(out / "config.json", settings)
+    log = Log(out, settings, start, steps, rank)
+    log.header(config, model, splits, loaded)
+
+    # -- the loop
+    for epoch in range(start, settings["epochs"]):
+        order, warps = shuffle(len(splits["train"]), epoch, settings["seed"])
+        # every step takes its own `batch` images; this process its share of them, in micro-batches
+        mine = [order[n * batch:(n + 1) * batch][rank::world] for n in range(steps)]
+        micro = args.micro_batch or len(mine[0])
+        plan = [[share[i:i + micro] for i in range(0, len(share), micro)] for share in mine]
+        loader = splits["train"].batches([m for share in plan for m in share], warps=warps, **batches)
+        network.train()
+        for n, share in enumerate(plan):
+            step = epoch * steps + n
+            lr = learning_rate(step, steps * settings["epochs"], settings["lr"])
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["share"]
+            torch.manual_seed(settings["seed"] * 1_000_003 + step * world + rank)        # the routers' noise
+            with log.waiting():
+                parts = list(itertools.islice(loader, len(share)))
+            # losses divide by the pixels of the whole batch, wherever its images are
+            counts = sum(evaluate.count_pixels({t: part.targets[t] for t in weights}) for part in parts)
+            if world > 1:
+                dist.all_reduce(counts)
+            for m, part in enumerate(parts):
+                alone = contextlib.nullcontext() if world == 1 or m == len(parts) - 1 else network.no_sync()
+                with alone:
+                    with evaluate.autocast(device):
+                        predictions, routing = network(part.images)
+                    losses = evaluate.losses(predictions, part.targets, counts)
+                    # Mod-Squad's regulariser: more mutual information of tasks and experts, less loss
+                    information = ase.mutual_information(routing.probs)
+                    loss = sum(weights[task] * losses[task] for task in losses)
+                    loss = loss - settings["mi"] * information.sum() * len(part.images) / batch
+                    (loss * world).backward()                                            # processes are averaged
+                log.add(losses, routing, information, len(part.images) / batch)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            log.step(step, lr, norm)
+        log.epoch(epoch, validate(model, splits["val"], batch, batches) if rank == 0 else None, config.shared)
+        if rank == 0:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}
+            data.write_atomically(out / "checkpoint.pt", lambda file: torch.save(state, file))
+    log.finish(out)
+
+
+class Log:
+    """What a training tells: a line every LOG_EVERY steps and every epoch, and log.jsonl with all of it."""
+
+    def __init__(self, out, settings, start, steps, rank):
+        self.path, self.rank = out / "log.jsonl", rank
+        self.epochs, self.steps, self.batch = settings["epochs"], steps, settings["batch"]
+        self.first_step = start * steps
+        if rank == 0:
+            # what was logged after the last checkpoint is computed again
+            kept = [r for r in evaluate.read_log(out) if r["epoch"] <= start]
+            data.write_atomically(self.path, lambda file: file.writelines(map(_line, kept)))
+        self.begin = self.mark = time.time()
+        self.waited = 0.0
+        self.recent, self.routing = {}, {}
+
+    def write(self, record):
+        with open(self.path, "ab") as file:
+            file.write(_line(record))
+
+    def header(self, config, model, splits, loaded):
+        if self.rank:
+            return
+        total, trained = (sum(n[i] for n in ase.count(model).values()) / 1e6 for i in (0, 1))
+        experts = (f"({config.experts}/{config.topk}/{config.shared}/{config.rank}) {config.gating} gates"
+                   if config.experts else "no experts")
+        print(f"model      {experts}, LoRA {config.lora}; width {config.dim}, {config.depth} blocks, {config.image}×"
+              f"{config.image} in patches of {config.patch}; {total:.2f} M parameters, {trained:.2f} M trained")
+        print(f"weights    {loaded}")
+        print(f"data       {splits['train'].root}: {len(splits['train'])} images in {self.steps} steps an epoch; "
+              f"validation losses on {len(splits['val'])}\n")
+        print(f"{'done':>5}{'step':>8}" + "".join(f"{task:>12}" for task in config.tasks)
+              + f"{'lr':>10}{'images/s':>10}{'left':>9}", flush=True)
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """Count the time inside as waiting for data."""
+        start = time.time()
+        yield
+        self.waited += time.time() - start
+
+    def add(self, losses, routing, information, share):
+        """Add up what a micro-batch, `share` of the effective batch, brought; nothing waits for the device here."""
+        for task, loss in losses.items():
+            self.recent[task] = self.recent.get(task, 0) + loss.detach()
+        for name, x in (("gates", routing.gates), ("information", information)):
+            self.routing[name] = self.routing.get(name, 0) + share * x.detach()
+
+    def step(self, step, lr, norm):
+        """A line for the mean of the last LOG_EVERY steps. Raises UserError for a loss that is not finite."""
+        self.routing["norm"] = self.routing.get("norm", 0) + norm
+        number = step % self.steps % LOG_EVERY + 1
+        if number < LOG_EVERY and (step + 1) % self.steps:
+            return
+        means = torch.stack(list(self.recent.values())) / number
+        if dist.is_initialized():
+            dist.all_reduce(means)
+        losses, self.recent = dict(zip(self.recent, means.tolist())), {}
+        bad = [task for task, loss in losses.items() if not math.isfinite(loss)]
+        if bad or not math.isfinite(norm):
+            last = self.path.with_name("checkpoint.pt")
+            raise UserError(f"the {bad[0] if bad else 'gradient'} {'loss' if bad else 'norm'} is not finite at step "
+                            f"{step + 1}: lower --lr; last good checkpoint: {last if last.is_file() else 'none yet'}")
+        if self.rank:
+            return
+        now, done, total = time.time(), step + 1, self.steps * self.epochs
+        speed = number * self.batch / (now - self.mark)
+        left = (now - self.begin) / (done - self.first_step) * (total - done)
+        self.mark = now
+        print(f"{done / total:5.0%}{done:8}" + "".join(f"{loss:12.4f}" for loss in losses.values())
+              + f"{lr:10.1e}{speed:10.1f}{data.duration(left):>9}", flush=True)
+        self.write({"kind": "step", "step": done, "epoch": done / self.steps, "losses": losses, "lr": lr,
+                    "norm": float(norm), "images_per_second": speed})
+
+    def epoch(self, epoch, val, shared):
+        """The epoch's validation losses, and means over its steps of what the routers did."""
+        if self.rank == 0:
+            gates, information, norm = (x / self.steps for x in self.routing.values())
+            print(f"{'epoch':>5}{epoch + 1:8}" + "".join(f"{loss:12.4f}" for loss in val.values())
+                  + "   validation", flush=True)
+            self.write({"kind": "epoch", "epoch": epoch + 1, "step": (epoch + 1) * self.steps, "val": val,
+                        "gates": gates.tolist(), "shared_mass": gates[..., :shared].sum(-1).tolist(),
+                        "information": information.tolist(), "norm": float(norm)})
+        self.routing = {}
+        self.mark = time.time()
+
+    def finish(self, out):
+        if self.rank == 0:
+            spent = time.time() - self.begin
+            print(f"\ntrained in {data.duration(spent)}, {self.waited / spent:.1%} of it waiting for data; "
+                  f"next: python evaluate.py {out}")
+
+
+def _line(record):
+    return (json.dumps(record) + "\n").encode()
+
+
+@torch.inference_mode()
+def validate(model, dataset, batch, batches):
+    """{task: loss} over a split; every pixel with ground truth counts the same."""
+    model.eval()
+    plan = torch.arange(len(dataset)).split(batch)
+    sums, pixels = 0, 0
+    for part in dataset.batches([indices.tolist() for indices in plan], **batches):
+        with evaluate.autocast(part.images.device):
+            predictions, _ = model(part.images)
+        counts = evaluate.count_pixels({task: part.targets[task] for task in predictions})
+        losses = evaluate.losses(predictions, part.targets, counts)
+        sums = sums + torch.stack(list(losses.values())) * counts[:, 0]
+        pixels = pixels + counts[:, 0]
+    return dict(zip(losses, (sums / pixels.clamp(min=1)).tolist()))
+
+
+# ------------------------------------------------------------------------- before the loop: what is there already
+
+
+def resume(out, settings):
+    """The checkpoint of an interrupted run with these settings, or None. Raises UserError for another run's folder."""
+    if not out.exists():
+        return None
+    if not out.is_dir():
+        raise UserError(f"{out} is a file: name a folder for the run, --out DIR")
+    if not any(out.iterdir()):
+        return None
+    found = evaluate.open_run(out).settings
+    for flag in settings:
+        if flag != "model" and found.get(flag) != settings[flag]:
+            raise UserError(f"{out} holds a run with --{flag.replace('_', '-')} {found.get(flag)}, not {settings[flag]}: "
+                            "repeat its flags to go on with it, or name another folder, --out DIR")
+    path = out / "checkpoint.pt"
+    return evaluate.load_checkpoint(path) if path.is_file() else None
+
+
+def prepare(settings, args, device):
+    """Make the demo where it is asked for and missing, and its backbone."""
+    root, weights = Path(settings["data"]), Path(settings["weights"])
+    if args.data == "demo" and not root.exists():
+        data.make_demo(root)
+    if weights == demo_backbone(root) and not weights.is_file():
+        pretrain(weights, settings["backbone"], device)
+
+
+def demo_backbone(root):
+    return Path(root) / "backbone.pt"
+
+
+def pretrain(path, backbone, device):
+    """Pretrain the demo's backbone on one task alone, which classes are in an image, on images of their own."""
+    number, held_out, epochs, batch, peak = 2400, 400, 2, 32, 1e-3
+    side = ase.BACKBONES[backbone]["image"]
+    # seeds that no scene of the demo has
+    scenes = list(data.parallel(data.scene_classes, [(10 ** 9 + i, side) for i in range(number + held_out)], "render"))
+    images = torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image, _ in scenes])  # (n, 3, S, S)
+    present = torch.stack([torch.from_numpy(classes) for _, classes in scenes]).float()      # (n, 20)
+    torch.manual_seed(0)
+    classes = present.shape[1]
+    model = ase.ASE(ase.Config(**ase.BACKBONES[backbone], experts=0, tasks={"classes": classes})).to(device)
+    classify = torch.nn.Linear(model.config.dim, classes).to(device)
+    parameters = [*classify.parameters(), *(p for n, p in model.named_parameters() if ase.part(n) == "backbone")]
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.05)
+    steps, begin = number // batch, time.time()
+
+    def logits(indices):
+        x = data.normalise(images[indices].to(device).float(), "imagenet")
+        return classify(model.features(x)[0][0].mean(1))
+
+    for step in data.progress(range(steps * epochs), steps * epochs, "pretrain"):
+        if step % steps == 0:
+            order = torch.randperm(number)
+        indices = order[step % steps * batch:][:batch]
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps * epochs, peak)
+        loss = F.binary_cross_entropy_with_logits(logits(indices), present[indices].to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.inference_mode():
+        rest = torch.arange(number, number + held_out)
+        found = torch.cat([logits(i) for i in rest.split(batch)]).cpu() > 0
+    truth = present[rest] > 0
+    occurring = truth.any(0)
+    right = (found == truth)[:, occurring].float().mean().item()
+    both, either = (found & truth).sum(0)[occurring], (found.sum(0) + truth.sum(0))[occurring]
+    f1 = (2 * both / either.clamp(min=1)).mean().item()
+    told = {"accuracy": right, "f1": f1, "images": number, "epochs": epochs, "seconds": round(time.time() - begin)}
+    print(f"backbone   pretrained on which of {int(occurring.sum())} classes are in an image: accuracy {right:.1%}, "
+          f"mean F1 {f1:.1%} on {held_out} held out; kept as {path}")
+    data.write_json(path.with_suffix(".json"), told)
+    state = {name: p for name, p in model.state_dict().items() if ase.part(name) == "backbone"}
+    data.write_atomically(path, lambda file: torch.save(state, file))
+
+
+def resolve(args):
+    """All that decides the trained weights, from the flags and the data set's defaults; every flag and file checked."""
+    root = Path(args.data)
+    to_make = args.data == "demo" and not root.exists()
+    is_demo = to_make or (root / "demo.json").is_file()
+    if not to_make:
+        for split in ("train", "val"):
+            data.read_ids(root, split)
+    defaults = DEFAULTS["demo" if is_demo else "pascal"]
+    settings = {"data": args.data}
+    for flag in ("epochs", "batch", "lr", "val_subset"):
+        settings[flag] = getattr(args, flag, None) or defaults[flag]
+    tasks = args.tasks.split(",") if args.tasks else list(TASKS)
+    for task in tasks:
+        if task not in TASKS or tasks.count(task) > 1:
+            raise UserError(f"--tasks {args.tasks}: {task!r} is unknown or named twice; expected some of "
+                            f"{','.join(TASKS)}")
+    try:
+        backbone = args.backbone
+        if backbone is None and args.weights not in (None, "none"):
+            backbone = ase.backbone_for(args.weights)
+        backbone = backbone or defaults["backbone"]
+        if backbone not in ase.BACKBONES:
+            raise UserError(f"unknown backbone {backbone!r}: expected one of {', '.join(ase.BACKBONES)}")
+        fields = dict(ase.BACKBONES[backbone], tasks={task: TASKS[task].channels for task in TASKS if task in tasks})
+        if args.size:
+            fields["image"] = args.size
+        names = ("experts", "topk", "shared", "rank", "gating", "lora")
+        config = ase.Config(**fields, **{name: getattr(args, name) for name in names})
+        weights = args.weights
+        if weights is None and is_demo and backbone == defaults["backbone"]:
+            weights = str(demo_backbone(root))
+        if weights is None:
+            raise UserError(f"no weights for {backbone}: a frozen random backbone is no experiment; name pretrained ones, "
+                            "--weights FILE (README tells where from), or mean it: --weights none")
+        if weights != "none" and (weights != str(demo_backbone(root)) or Path(weights).is_file()):
+            with torch.device("meta"):  # nothing but shapes: a check of the file
+                model = ase.ASE(config)
+            ase.load_backbone(model, weights)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    settings.update({name: getattr(config, name) for name in names}, size=config.image, backbone=backbone,
+                    tasks=",".join(config.tasks), weights=weights, mean_std=args.mean_std, mi=args.mi, seed=args.seed,
+                    model=asdict(config))
+    return settings
+
+
+def whole(low):
+    """An argparse type: a whole number, `low` or more."""
+    def parse(text):
+        if not text.lstrip("-").isdigit() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number, {low} or more")
+        return int(text)
+    return parse
+
+
+def real(low, strictly):
+    """An argparse type: a finite number, above `low` or, if not `strictly`, `low` itself."""
+    def parse(text):
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not (low < number < math.inf or number == low and not strictly):
+            raise argparse.ArgumentTypeError(f"found {text!r}, expected a number {'above' if strictly else 'from'} {low}")
+        return number
+    return parse
+
+
+def main(argv=None):
+    demo, pascal = DEFAULTS["demo"], DEFAULTS["pascal"]
+
+    def both(flag):
+        return f"(default {demo[flag]} on a demo, {pascal[flag]} elsewhere)"
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    group = parser.add_argument_group("the model")
+    group.add_argument("--experts", type=whole(0), default=16, metavar="N",
+                       help="experts in a layer, shared ones included; 0: no experts at all (default 16)")
+    group.add_argument("--topk", type=whole(0), default=3, metavar="K",
+                       help="sparse experts active for a token, shared ones not included (default 3)")
+    group.add_argument("--shared", type=whole(0), default=1, metavar="S", help="shared experts (default 1)")
+    group.add_argument("--rank", type=whole(0), default=4, metavar="R", help="rank of an expert (default 4)")
+    group.add_argument("--gating", default="joint", metavar="|".join(ase.GATINGS),
+                       help="joint: one softmax over selected and shared experts, ASE; fixed: softmax before top-k, "
+                            "shared gates are 1 (default joint)")
+    group.add_argument("--lora", type=whole(0), metavar="R",
+                       help="rank of the LoRA on the backbone; 0 trains it in full (default 4, or 0 without experts)")
+    group.add_argument("--mi", type=real(0, False), default=0.005, metavar="W",
+                       help="weight of the mutual information loss (default 0.005, Mod-Squad's)")
+    group.add_argument("--tasks", metavar="A,B", help=f"some of {','.join(TASKS)} (default all)")
+    group.add_argument("--backbone", metavar="NAME", help=f"{', '.join(ase.BACKBONES)} {both('backbone')}; given "
+                                                          "--weights decide it too")
+    group.add_argument("--weights", metavar="FILE",
+                       help="pretrained ViT, .safetensors or torch.save; none: random (default: a demo's own backbone)")
+    group.add_argument("--mean-std", default="imagenet", choices=data.MEAN_STD,
+                       help="what the weights' images were normalised with: imagenet (DeiT, MAE, DINO) or half (timm's "
+                            "augreg, Google's) (default imagenet)")
+    group = parser.add_argument_group("the data")
+    group.add_argument("--data", default="demo", metavar="DIR",
+                       help="a folder in PASCAL-Context's layout; demo is made if it isn't there (default demo)")
+    group.add_argument("--cache", metavar="DIR", help="where parsed images are kept (default: DIR/cache)")
+    group.add_argument("--size", type=whole(1), metavar="PIXELS",
+                       help="side of the network's square input (default: the backbone's, 112 or 224)")
+    group.add_argument("--workers", type=whole(1), default=2, metavar="N", help="threads that read ahead (default 2)")
+    group = parser.add_argument_group("the training (the paper says no more than: 40 epochs)")
+    group.add_argument("--out", default="run", metavar="DIR", help="the run folder (default run)")
+    group.add_argument("--epochs", type=whole(1), metavar="N", help=f"passes over the images {both('epochs')}")
+    group.add_argument("--batch", type=whole(1), metavar="N", help=f"images a step, on all devices {both('batch')}")
+    group.add_argument("--micro-batch", type=whole(1), metavar="N",
+                       help="images at a time on one device; gradients add up to the batch's (default: all)")
+    group.add_argument("--lr", type=real(0, True), metavar="X", help=f"highest learning rate {both('lr')}")
+    group.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of everything random (default 0)")
+    group.add_argument("--device", metavar="NAME", help="cpu, cuda, … (default: cuda where there is one)")
+    group.add_argument("--compile", action="store_true", help="torch.compile the model")
+    group.add_argument("--checkpointing", action="store_true",
+                       help="recompute each block in the backward pass: less memory, same gradients")
+    return data.command(parser, run, argv)
+
+
+def run(args):
+    """Check everything, then train; Ctrl-C ends in one line."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = evaluate.pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
+    settings = resolve(args)
+    if settings["batch"] % world:
+        raise UserError(f"--batch {settings['batch']} does not divide among {world} processes: choose a multiple")
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        return train(settings, args, rank, world, device)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; the same command goes on from {args.out}'s last finished epoch", file=sys.stderr)
+        return 130
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
