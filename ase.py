@@ -32,7 +32,7 @@ GATINGS = ("joint", "fixed")
 PAPER_TASKS = {"semseg": 21, "human_parts": 7, "sal": 1, "edge": 1, "normals": 3}  # task → channels
 
 BACKBONES = {
-    "vit_tiny": dict(image=112, patch=16, dim=192, depth=6, heads=3, head_dim=64),  # the demo's, sized for two cores
+    "vit_tiny": dict(image=112, patch=16, dim=128, depth=4, heads=4, head_dim=32),  # the demo's, for two cores
     "vit_small": dict(image=224, patch=16, dim=384, depth=12, heads=6, head_dim=256),
     "vit_base": dict(image=224, patch=16, dim=768, depth=12, heads=12, head_dim=256),
 }
@@ -203,7 +203,6 @@ class LoRALinear(nn.Linear):
 
     def __init__(self, inputs, outputs, rank):
         super().__init__(inputs, outputs)
-        nn.init.trunc_normal_(self.weight, std=0.02)
         nn.init.zeros_(self.bias)
         self.rank = rank
         if rank:

@@ -17,6 +17,7 @@ Shapes: B images · S side of the network's input · H, W an image's own height 
 import argparse
 import collections
 import concurrent.futures
+import datetime
 import json
 import math
 import multiprocessing
@@ -63,6 +64,8 @@ TASKS = {
 }
 
 
+DEMO = {"train": 1000, "val": 200, "size": 160}  # the demo that is made unasked: images, and their longest side
+
 # ------------------------------------------------------------------------------------ how the commands behave
 
 
@@ -98,10 +101,9 @@ def progress(items, total, what):
     for n, item in enumerate(items, 1):
         yield item
         if sys.stderr.isatty():
-            spent = time.time() - start
-            bar = "█" * (24 * n // total)
-            left = f"{spent / n * (total - n):.0f} s left" if n < total else f"{spent:.0f} s     \n"
-            print(f"\r{what:10} {n:6}/{total} {bar:24} {left}   ", end="", file=sys.stderr, flush=True)
+            left = duration((time.time() - start) / n * (total - n))
+            print(f"\r{what:12}{n:6}/{total} {'█' * (24 * n // total):24} {left} left", end="\n" * (n == total),
+                  file=sys.stderr, flush=True)
 
 
 def _start_worker():
@@ -112,19 +114,9 @@ def _start_worker():
 def workers():
     """A pool of processes, one for each core. They are spawned: a fork would inherit torch's threads half alive."""
     for library in ("OMP", "OPENBLAS", "MKL"):
-        os.environ.setdefault(f"{library}_NUM_THREADS", "1")  # for those who start now: one thread for each process
+        os.environ.setdefault(f"{library}_NUM_THREADS", "1")  # read by those who start now
     return concurrent.futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"),
                                                   initializer=_start_worker)
-
-
-def parallel(function, items, what):
-    """`function` of every item, in order, with a progress bar; on all cores when there are many."""
-    items = list(items)
-    if len(items) < 48:
-        yield from progress(map(function, items), len(items), what)
-        return
-    with workers() as pool:
-        yield from progress(pool.map(function, items, chunksize=4), len(items), what)
 
 
 def ahead(function, items, pool, depth=8):
@@ -140,6 +132,15 @@ def ahead(function, items, pool, depth=8):
     finally:
         for future in futures:
             future.cancel()
+
+
+def parallel(function, items, what):
+    """`function` of every item, in order, with a progress bar; on all cores where that pays."""
+    if len(items) < 48:
+        yield from progress(map(function, items), len(items), what)
+    else:
+        with workers() as pool:
+            yield from progress(ahead(function, items, pool, 64), len(items), what)
 
 
 def write_atomically(path, write):
@@ -161,13 +162,8 @@ def write_json(path, value):
 
 
 def duration(seconds):
-    """Seconds as a person says them: 9 s, 4 min 05 s, 3 h 12 min."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60:02} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60:02} min"
+    """Seconds as h:mm:ss."""
+    return str(datetime.timedelta(seconds=round(seconds)))
 
 
 # ------------------------------------------------------------------------------------------- the maps on disk
@@ -301,23 +297,13 @@ def pick(planes, name):
     return planes[..., START[name]:START[name] + MAPS[name].planes, :, :]
 
 
-def boundaries(labelmap):
-    """Where a label map changes: its 4-neighbour Laplacian, mirrored at the border, is not zero.
+def boundaries(labels):
+    """Where a map of labels changes: its 4-neighbour Laplacian, mirrored at the border, is not zero. (B, H, W) → bool.
 
-    labelmap: (..., H, W) integers below 2^28, numpy or torch on any device. Returns bool of that shape, lines
-    one or two pixels wide: `thin` makes them one. A pixel of label 2 between labels 1 and 3 is no boundary:
-    the differences cancel, as they do in the loaders of the field.
+    Lines are one or two pixels wide: `thin` makes them one. Where neighbours' differences cancel there is none.
     """
-    # ids go up to 459, and 4 · 459 of an unsigned or a short type would wrap around
-    labels = labelmap.int() if torch.is_tensor(labelmap) else np.asarray(labelmap).astype(np.int32)
-    laplacian = 4 * labels
-    for out, x in (laplacian, labels), (laplacian.swapaxes(-1, -2), labels.swapaxes(-1, -2)):
-        n = x.shape[-2]
-        out[..., 1:, :] -= x[..., :-1, :]
-        out[..., :-1, :] -= x[..., 1:, :]
-        out[..., 0, :] -= x[..., 1 % n, :]  # beyond the first row lies the second again
-        out[..., -1, :] -= x[..., -2 % n, :]
-    return laplacian != 0
+    x = F.pad(labels[:, None].float(), (1, 1, 1, 1), mode="reflect")[:, 0]               # exact: ids are small
+    return 4 * x[:, 1:-1, 1:-1] != x[:, :-2, 1:-1] + x[:, 2:, 1:-1] + x[:, 1:-1, :-2] + x[:, 1:-1, 2:]
 
 
 def removable(e, ne, n, nw, w, sw, s, se):
@@ -722,162 +708,134 @@ def sheet(rows, titles=(), legend=(), labels=(), cell=180, frame="silver", path=
     return canvas
 
 
-# ----------------------------------------------------------------------------------- the demo world
+# --------------------------------------------------------------------------------- the demo world
 
-# Name, VOC class (0: none), PASCAL-Context id: solids. Front is +x, left +z; "±": one on each side. A solid:
-# shape, paint (/part), then x y z, height, half-width, half-depth if upright; else x y z, x y z, radius.
+# Each thing: VOC class (0: none), PASCAL-Context id, solids. Front is +x, left +z; ± is one on each side. A solid: its
+# shape, paint (/part), then x y z, height, half-width, half-depth; or, if it does not stand upright, two ends and a radius.
 THINGS = """
 sky 0 360: box sky 0 -80 90 160 200 1
 floor 0 158: box ground 0 -1 0 1 60 60
 grass 0 187: box meadow 0 -1 0 1 60 60
 wall 0 440: box stone 0 -1 7.5 7 20 .1, box stone 5 -1 0 7 .1 20
-window 0 454: box plain 1 1 7.4 1.2 .9 .1, box sky 1 1.1 7.3 1 .8 .1
 box 0 37: box wood 0 0 0 .55 .33 .45
 ball 0 10: ball cloth 0 0 0 .5 .25 .25
-rock 0 326: ball stone 0 -.3 0 .8 .45 .7, ball stone .2 -.2 .4 .5 .4 .4
 bottle 5 34: rod gloss 0 0 0 .5 .14 .14, ball gloss 0 .34 0 .32 .14 .14, rod gloss 0 .5 0 .36 .05 .05,
     rod plain 0 .14 0 .28 .145 .145
-car 7 59: box gloss 0 .2 0 .42 1.25 .56, limb dark -.9 .62 0 .5 .62 0 .48,
-    limb gloss -.68 .68 0 .28 .68 0 .46, box dark 0 .24 0 .08 1.32 .5, rod dark .78 .25 ±.4 .78 .25 ±.6 .25,
-    rod gloss .78 .25 ±.4 .78 .25 ±.61 .14, rod dark -.78 .25 ±.4 -.78 .25 ±.6 .25,
-    rod gloss -.78 .25 ±.4 -.78 .25 ±.61 .14
+car 7 59: box gloss 0 .2 0 .42 1.25 .56, limb dark -.9 .62 0 .5 .62 0 .48, limb gloss -.68 .68 0 .28 .68 0 .46,
+    box dark 0 .24 0 .08 1.32 .5, rod dark .78 .25 ±.4 .78 .25 ±.6 .25, rod gloss .78 .25 ±.4 .78 .25 ±.61 .14,
+    rod dark -.78 .25 ±.4 -.78 .25 ±.6 .25, rod gloss -.78 .25 ±.4 -.78 .25 ±.61 .14
 cat 8 65: limb fur -.36 .34 0 .36 .38 0 .13, ball fur .46 .42 0 .28 .14 .14, ball fur .46 .6 ±.1 .24 .03 .06,
     limb fur .3 .34 ±.08 .32 0 ±.09 .05, limb fur -.32 .34 ±.08 -.32 0 ±.09 .05,
     limb fur -.36 .36 0 -.62 .34 0 .04, limb fur -.6 .32 0 -.72 .76 0 .04
 chair 9 72: box cloth 0 .43 0 .06 .26 .26, box wood -.25 .74 0 .28 .03 .25, box wood .22 0 ±.22 .44 .03 .03,
     box wood -.25 0 ±.22 .8 .03 .03
-diningtable 11 397: box wood 0 .69 0 .06 .5 .75, box wood .42 0 ±.66 .7 .04 .04,
-    box wood -.42 0 ±.66 .7 .04 .04
 dog 12 113: limb fur -.36 .5 0 .4 .54 0 .16, limb fur .28 .5 0 .48 .82 0 .1, ball fur .46 .62 0 .3 .15 .15,
     limb fur .5 .74 0 .78 .69 0 .08, ball dark .77 .69 0 .06 .035 .04, ball hair .45 .57 ±.15 .3 .07 .04,
-    limb fur .32 .48 ±.1 .32 0 ±.1 .055, limb fur -.34 .48 ±.1 -.36 0 ±.1 .055,
-    limb fur -.36 .52 0 -.58 .78 0 .04
+    limb fur .32 .48 ±.1 .32 0 ±.1 .055, limb fur -.34 .48 ±.1 -.36 0 ±.1 .055, limb fur -.36 .52 0 -.58 .78 0 .04
 person 15 284: limb plain/torso 0 .8 0 .26 .13 .18, limb cloth/torso .01 .96 0 .54 .12 .2,
-    rod skin/neck .03 1.45 0 .13 .05 .05, ball skin/head .05 1.54 0 .28 .12 .11,
-    ball hair/hair .01 1.61 0 .24 .125 .125, ball dark/±eye .16 1.68 ±.04 .04 .015 .015,
-    limb cloth/±uarm .02 1.45 ±.19 .02 1.14 ±.27 .07, limb sleeve/±larm .02 1.17 ±.27 .04 .88 ±.29 .055,
-    ball skin/±hand .04 .9 ±.29 .05 .77 ±.29 .055, limb plain/±uleg 0 .96 ±.1 0 .46 ±.12 .1,
-    limb trouser/±lleg 0 .5 ±.12 0 .06 ±.13 .075, limb dark/±foot -.08 .05 ±.13 .2 .04 ±.14 .06
+    rod skin/neck .03 1.45 0 .13 .05 .05, ball skin/head .05 1.54 0 .28 .12 .11, ball hair/hair .01 1.61 0 .24 .125 .125,
+    ball dark/±eye .16 1.68 ±.04 .04 .015 .015, limb cloth/±uarm .02 1.45 ±.19 .02 1.14 ±.27 .07,
+    limb skin/±larm .02 1.17 ±.27 .04 .88 ±.29 .055, ball skin/±hand .04 .9 ±.29 .05 .77 ±.29 .055,
+    limb plain/±uleg 0 .96 ±.1 0 .46 ±.12 .1, limb plain/±lleg 0 .5 ±.12 0 .06 ±.13 .075,
+    limb dark/±foot -.08 .05 ±.13 .2 .04 ±.14 .06
 pottedplant 16 308: rod cloth 0 0 0 .3 .2 .2, rod cloth 0 .28 0 .08 .24 .24, limb leaf 0 .3 0 .3 .95 ±.12 .07,
-    limb leaf 0 .3 0 -.28 .9 ±.15 .07, limb leaf 0 .3 0 .1 .7 ±.42 .07, limb leaf 0 .3 0 .02 1.15 ±.08 .07
-sofa 18 368: box cloth 0 .08 0 .22 .42 .85, limb cloth -.34 .1 0 .85 .16 .95,
-    limb cloth -.4 .4 ±.85 .46 .4 ±.85 .15, box plain .05 .3 ±.38 .15 .4 .36
-tvmonitor 20 427: box dark 0 .09 0 .66 .06 .52, box gloss .05 .14 0 .56 .02 .47,
-    box dark -.1 .15 0 .45 .14 .35, rod dark 0 0 0 .1 .16 .22
+    limb leaf 0 .3 0 -.28 .9 ±.15 .07, limb leaf 0 .3 0 .1 .7 ±.42 .07
+sofa 18 368: box cloth 0 .08 0 .22 .42 .85, limb cloth -.34 .1 0 .85 .16 .95, limb cloth -.4 .4 ±.85 .46 .4 ±.85 .15
+tvmonitor 20 427: box dark 0 .09 0 .66 .06 .52, box gloss .05 .14 0 .56 .02 .47, rod dark 0 0 0 .1 .16 .22
 """
-THINGS = {head.split()[0]: (*map(int, head.split()[1:]), solids) for head, solids in
+THINGS = {head.split()[0]: (*map(int, head.split()[1:]), solids.split(",")) for head, solids in
           (line.split(": ") for line in THINGS.replace("\n    ", "").strip().split("\n"))}
-ROOM = "sky floor grass wall window".split()
-INDOORS = "bottle bottle chair chair diningtable diningtable dog pottedplant sofa sofa tvmonitor ball box".split()
-OUTDOORS = "bottle car car car cat cat chair dog dog pottedplant ball rock".split()
-GUESTS = {"diningtable": "bottle tvmonitor", "sofa": "person cat", "box": "tvmonitor", "chair": "person cat"}
-SEATS = {"diningtable": .75, "sofa": .44, "box": .55, "chair": .49}
-# Degrees that limbs turn at hips, knees, shoulders and elbows, each left and right; the last is for seats
-POSES = [[2, -2, 0, 0, 0, 5, 10, 15], [28, -20, -5, -35, -28, 30, 20, 40], [0, 3, 0, -6, 0, 140, 15, 35],
-         [4, -4, 0, 0, 165, 155, 10, 20], [9, -8, -4, -9, 80, 5, 10, 20], [84, 80, -84, -78, 20, 25, 50, 60]]
-SHAPES = {"box": -1, "rod": 0, "limb": .5, "ball": 1}  # if round, the bulge: x^2 + z^2 = 1 - bulge y^2
-NOISE = np.random.default_rng(0).normal(.5, .35, (256, 256)).astype(np.float32)
-NOISE = .5 + 2 * (scipy.ndimage.gaussian_filter(NOISE, 1, mode="wrap") - .5)
+ROOM = "sky floor grass wall".split()
+INDOORS = "bottle bottle cat chair chair dog pottedplant sofa sofa tvmonitor tvmonitor ball box".split()
+OUTDOORS = "bottle car car car cat chair dog dog pottedplant ball box".split()
+# degrees that limbs turn at hips, knees, shoulders and elbows, left and right
+POSES = ((2, -2, 0, 0, 0, 5, 10, 15), (28, -20, -5, -35, -28, 30, 20, 40), (0, 3, 0, -6, 0, 140, 15, 35),
+         (4, -4, 0, 0, 165, 155, 10, 20), (9, -8, -4, -9, 80, 5, 10, 20), (84, 80, -84, -78, 20, 25, 50, 60))
+JOINTS = ("uleg lleg foot", "lleg foot", "uarm larm hand", "larm hand")
+SHAPES = {"box": -1, "rod": 0, "limb": .5, "ball": 1}  # if round, the bulge: x² + z² = 1 − bulge · y²
+NOISE = scipy.ndimage.gaussian_filter(np.random.default_rng(0).normal(.5, .8, (256, 256)).astype(np.float32), 1, mode="wrap")
 
 
 def _noise(u, frequency):
     return NOISE[tuple(((u[k] + .6 * u[1]) * frequency).astype(int) % 256 for k in (0, 2))]
 
 
-# How much of a paint's second colour shows at u (3, pixels), in metres from the middle of the solid
+# how much of a paint's second colour shows at u (3, pixels), in metres from the middle of the solid
 TEXTURES = {"plain": lambda u: .2 * _noise(u, 20), "stripes": lambda u: 7 * u[1] % 1 < .5,
-            "mottled": lambda u: .6 * _noise(u, 8) + .4 * _noise(u, 50),
-            "checks": lambda u: np.floor(6 * u).sum(0) % 2,
+            "mottled": lambda u: .6 * _noise(u, 8) + .4 * _noise(u, 50), "checks": lambda u: np.floor(6 * u).sum(0) % 2,
             "spots": lambda u: ((6 * u % 1 - .5) ** 2).sum(0) < .17,
             "tiles": lambda u: .8 * (np.minimum(2 * u[0] % 1, 2 * u[2] % 1) < .06) + .2 * _noise(u, 16),
             "grain": lambda u: .5 + .5 * np.sin(36 * u[1] + 12 * u[2] + 5 * _noise(u, 6))}
-# Name: first colour (0: any), the second relative to it (0: any), textures, gloss
-PAINTS = {"cloth": (0, 0, "plain stripes checks spots", 0), "plain": (0, 0, "plain", 0),
-          "gloss": (0, .8, "plain", .6), "skin": ((.85, .65, .5), .9, "plain", 0),
-          "hair": ((.3, .22, .13), .5, "mottled", .1), "leaf": ((.2, .5, .15), .5, "mottled", .1),
-          "fur": ((.6, .47, .35), .4, "stripes mottled spots", 0), "wood": ((.55, .37, .2), .7, "grain", .1),
-          "stone": ((.6, .58, .55), .8, "plain mottled stripes", 0), "sky": ((.6, .8, 1), 1.2, "plain", 0),
-          "dark": ((.08, .08, .1), 1.5, "plain", .5), "meadow": ((.3, .5, .2), .6, "mottled", 0),
-          "ground": ((.6, .55, .5), .7, "tiles tiles checks grain mottled", 0)}
+# first colour (0: any), the second relative to it (0: any), textures
+PAINTS = {"cloth": (0, 0, "plain stripes checks spots"), "plain": (0, 0, "plain"), "gloss": (0, .8, "plain"),
+          "skin": ((.85, .65, .5), .9, "plain"), "hair": ((.3, .22, .13), .5, "mottled"),
+          "leaf": ((.2, .5, .15), .5, "mottled"), "fur": ((.6, .47, .35), .4, "stripes mottled spots"),
+          "wood": ((.55, .37, .2), .7, "grain"), "stone": ((.6, .58, .55), .8, "plain mottled stripes"),
+          "sky": ((.6, .8, 1), 1.2, "plain"), "dark": ((.08, .08, .1), 1.5, "plain"),
+          "meadow": ((.3, .5, .2), .6, "mottled"), "ground": ((.6, .55, .5), .7, "tiles tiles checks grain mottled")}
 
 
 def _paint(rng, name):
-    """Eight numbers: two colours, texture, gloss."""
-    first, relation, textures, gloss = PAINTS[name]
+    """Two colours and a texture, as seven numbers."""
+    first, relation, textures = PAINTS[name]
     any_two = rng.uniform(.08, .95, (2, 3))
     first = np.multiply(first, rng.uniform(.5, 1.3)) + any_two[0] * .1 - .05 if first else any_two[0]
     second = first * relation if relation else any_two[1]
-    texture = list(TEXTURES).index(rng.choice(textures.split()))
-    return *np.clip([*first, *second], .02, 1), texture, gloss
+    return *np.clip([*first, *second], .02, 1), list(TEXTURES).index(rng.choice(textures.split()))
 
 
-def _bend(ends, parts, angles):
-    """Turn the limbs of a figure, `ends` (P, 2, 3), at its eight joints; then put it on the floor."""
-    limbs = ["uleg lleg foot", "lleg foot", "uarm larm hand", "larm hand"]
-    for k, angle in enumerate(angles):
-        moving = [parts.index("lr"[k % 2] + part) for part in limbs[k // 2].split()]
-        flat = ends[moving] @ [1, 1j, 0]
-        flat = flat[0, 0] + (flat - flat[0, 0]) * np.exp(1j * np.radians(angle))
-        ends[moving, :, 0], ends[moving, :, 1] = flat.real, flat.imag
-    ends[..., 1] -= ends[..., 1].min() - .04
-
-
-def _solids(rng, name, where, heading, pose=0):
-    """The solids of one thing: part, bulge, paint, axes (as columns) and centre of each."""
-    text = THINGS[name][2].replace("sleeve", rng.choice(["cloth", "skin"]))
-    text = text.replace("trouser", rng.choice(["plain", "plain", "skin"]))
-    rows = [row.replace("±", sign).split() for row in text.split(",") for sign in "+-"[:1 + ("±" in row)]]
+def _solids(rng, name, where, heading):
+    """The solids of one thing that stands at `where`: part, bulge, paint, axes (as columns) and centre of each."""
+    rows = [row.replace("±", sign).split() for row in THINGS[name][2] for sign in "+-"[:1 + ("±" in row)]]
     paint, _, parts = zip(*(row[1].partition("/") for row in rows))
     parts = [part.replace("+", "l").replace("-", "r") for part in parts]
     paints = {name: _paint(rng, name) for name in sorted(set(paint))}
     numbers = [list(map(float, row[2:])) for row in rows]
-    numbers = np.array([[x, y, z] + ([x, y + q[0], z, *q[1:]] if len(q) == 3 else q + q[3:])
-                        for x, y, z, *q in numbers])
+    numbers = np.array([[x, y, z] + ([x, y + q[0], z, *q[1:]] if len(q) == 3 else q + q[3:]) for x, y, z, *q in numbers])
     ends, limb = numbers[:, :6].reshape(-1, 2, 3), np.array([[row[0] == "limb"] for row in rows])
-    if name == "person":
-        _bend(ends, parts, POSES[pose] + rng.normal(0, 6, 8))
+    if name == "person":  # turn the limbs at the joints, then put the figure on the floor
+        for k, angle in enumerate(rng.choice(POSES) + rng.normal(0, 6, 8)):
+            moving = [parts.index("lr"[k % 2] + part) for part in JOINTS[k // 2].split()]
+            flat = ends[moving] @ [1, 1j, 0]
+            flat = flat[0, 0] + (flat - flat[0, 0]) * np.exp(1j * np.radians(angle))
+            ends[moving, :, 0], ends[moving, :, 1] = flat.real, flat.imag
+        ends[..., 1] -= ends[..., 1].min() - .04
     up = (ends[:, 1] - ends[:, 0]) / 2
     length = np.linalg.norm(up, axis=1, keepdims=True)
-    if name != "person":        # no two animals, plants or sofas have the same limbs
+    if name != "person":  # no two animals, plants or sofas have the same limbs
         up += rng.normal(0, .06, up.shape) * length * limb
-    frame = np.linalg.qr(np.stack([up, up * 0 + [0, 0, 1], up * 0 + [1, 0, 0]], 2))[0]      # up, depth, width
+    frame = np.linalg.qr(np.stack([up, up * 0 + [0, 0, 1], up * 0 + [1, 0, 0]], 2))[0]  # up, depth, width
     axes = frame[:, :, [2, 0, 1]] * np.stack([numbers[:, 6:7], length, numbers[:, 7:]], 2)
     cos, sin = np.cos(heading), np.sin(heading)
     turn = np.array([[cos, 0, -sin], [0, 1, 0], [sin, 0, cos]])
-    if where.any():             # the room keeps its size
+    if name not in ROOM:
         turn = turn * rng.uniform(.85, 1.15) * rng.uniform(.93, 1.07, 3)
     bulges = [SHAPES[row[0]] for row in rows]
     return zip(parts, bulges, [paints[name] for name in paint], turn @ axes, ends.mean(1) @ turn.T + where)
 
 
-def _furnish(rng, reach):
+def _furnish(rng, reach, crowd):
     """The things in a scene, (name, solids), the room first; the view is `reach` wide at a distance of 1."""
     indoors, angle, peopled = rng.random() < .55, rng.uniform(-.5, .5), rng.random() < .6
-    room = ["sky", "floor", "wall", "window"] if indoors else ["sky", rng.choice(["floor", "grass"])]
+    room = ["sky", "floor", "wall"] if indoors else ["sky", rng.choice(["floor", "grass"])]
     things = [(name, _solids(rng, name, np.zeros(3), angle * (name != "sky"))) for name in room]
     places = []
-    wanted = list(rng.choice(INDOORS if indoors else OUTDOORS, 5)) + ["person"] * (peopled * rng.integers(2, 5))
+    wanted = list(rng.choice(INDOORS if indoors else OUTDOORS, crowd)) + ["person"] * (peopled * rng.integers(1, crowd))
     for name in rng.permutation(wanted):
-        large = name in ("car", "sofa", "diningtable")
-        where = rng.uniform([-reach / 2, 0, 2.7 + large], [reach / 2, 0, 5.2 + large])
+        large = name in ("car", "sofa")
+        where = rng.uniform([-reach / 2, 0, 2.7 + large], [reach / 2, 0, 2.7 + crowd / 2 + large])
         where[0] *= where[2]
-        if any(np.linalg.norm(where - other) < .9 + .3 * large for other in places):
-            continue
-        places.append(where)
-        heading = rng.uniform(-3, 3) if name in ("car", "cat", "dog", "chair") else rng.normal(-1.57, .7)
-        things.append((name, _solids(rng, name, where, heading, rng.integers(5))))
-        guest = rng.choice(GUESTS.get(name, "nobody").split() + ["nobody"])
-        if guest == "person" and peopled:
-            things.append((guest, _solids(rng, guest, where, heading, -1)))
-        elif guest not in ("person", "nobody"):
-            things.append((guest, _solids(rng, guest, where + [0, SEATS[name], 0], rng.normal(-1.57, .7))))
+        if all(np.linalg.norm(where - other) > .9 + .3 * large for other in places):
+            places.append(where)
+            turned = name in ("car", "cat", "dog", "chair")
+            things.append((name, _solids(rng, name, where, rng.uniform(-3, 3) if turned else rng.normal(-1.57, .7))))
     return things
 
 
 def _trace(axes, centres, bulges, eye, target, height, width, pixels):
-    """A camera's axes in the world, its rays (3, H, W) with z = 1, what solid each meets first, and where.
+    """A camera's axes in the world, its rays (3, H, W) with z = 1, what solid each meets first, and at what depth.
 
-    In a solid's own space, o + t d is inside if |y| <= 1 and x^2 + z^2 <= 1 - bulge y^2; box: |x|, |z| <= 1.
+    In a solid's own space a ray o + t d is inside while |y| ≤ 1 and x² + z² ≤ 1 − bulge · y²; in a box, |x|, |z| ≤ 1.
     """
     right = np.cross([0, 1, 0], target - eye)
     view = np.stack([right, np.cross(right, target - eye), target - eye])
@@ -893,8 +851,7 @@ def _trace(axes, centres, bulges, eye, target, height, width, pixels):
         window = np.s_[y0:y1, x0:x1]
         inverse = np.linalg.inv(axes[i])
         o, d = -inverse @ centres[i], inverse @ rays[:, y0:y1, x0:x1].reshape(3, -1) + np.float32(1e-9)
-        middle, half = -o[:, None] / d, abs(1 / d)
-        near, far = middle - half, middle + half
+        near, far = -o[:, None] / d - abs(1 / d), -o[:, None] / d + abs(1 / d)
         if bulges[i] < 0:
             near, far = near.max(0, initial=0), far.min(0, initial=1e9)
         else:
@@ -908,17 +865,16 @@ def _trace(axes, centres, bulges, eye, target, height, width, pixels):
     return view, rays, ids, depth
 
 
-def _render(seed, height, width, fine, shadow):
-    """A photo (H, W, 3), the names of things, and for each pixel: which thing, which part, depth, normal.
+def _render(seed, height, width, fine, shadow, crowd):
+    """A photo (H, W, 3), the names of the things, and for each pixel: which thing, which part, depth, normal.
 
-    `fine` x `fine` rays a pixel, and a shadow map of `shadow` pixels on a side.
+    `fine` × `fine` rays a pixel, a shadow map of `shadow` × `shadow`, and about `crowd` things, the more the farther.
     """
     rng = np.random.default_rng(seed)
     zoom, h, w = rng.uniform(1, 1.35) * max(height, width), height * fine, width * fine
-    things = _furnish(rng, width / zoom)
-    owner, solids = zip(*((k, solid) for k, (_, solids) in enumerate(things) for solid in solids))
+    names, solids = zip(*_furnish(rng, width / zoom, crowd))
+    owner, solids = zip(*((k, solid) for k, group in enumerate(solids) for solid in group))
     parts, *arrays = zip(*solids)
-    names = [name for name, _ in things]
     bulges, paints, axes, centres = (np.array(a, np.float32) for a in arrays)
     eye, target = np.array([[0, rng.uniform(1, 1.9), 0], [0, rng.uniform(.4, .8), 4.2]], np.float32)
     lamp = target + 12 * np.array([rng.uniform(-.7, .7), .9, rng.uniform(-.8, 0)], np.float32)
@@ -934,40 +890,37 @@ def _render(seed, height, width, fine, shadow):
     normal = np.einsum("nji,jn->in", inverse, np.where((bulge < 0) | (size[1] > .999), flat, curved))
     normal /= np.linalg.norm(normal, axis=0)
 
-    first, second, (texture, gloss) = np.split(paints[i].T, [3, 6])
+    first, second, texture = np.split(paints[i].T, [3, 6])
     place, mix = unit * np.linalg.norm(axes, axis=1)[i].T, np.zeros(i.shape, np.float32)
     for k, function in enumerate(TEXTURES.values()):
-        mix[texture == k] = function(place[:, texture == k])
+        mix[texture[0] == k] = function(place[:, texture[0] == k])
     caster = ~np.isin([names[k] for k in owner], ROOM)
-    solids = axes[caster], centres[caster], bulges[caster]
-    lamp_view, _, _, reach = _trace(*solids, lamp, target, shadow, shadow, 1.6 * shadow)
+    lamp_view, _, _, reach = _trace(axes[caster], centres[caster], bulges[caster], lamp, target, shadow, shadow, 1.6 * shadow)
     x, y, z = lamp_view @ (points - lamp[:, None])
     x, y = (np.clip((q / z * 1.6 + .5) * shadow, 0, shadow - 1).astype(int) for q in (x, y))
-    lit = (z < reach[y, x] + .1).reshape(h, w).astype(np.float32)
-    lit = scipy.ndimage.gaussian_filter(lit, max(h, w) / 200).ravel()
+    lit = scipy.ndimage.gaussian_filter((z < reach[y, x] + .1).reshape(h, w).astype(np.float32), max(h, w) / 200).ravel()
     toward = (lamp - target) / np.linalg.norm(lamp - target)
     light, ambient = np.float32(rng.uniform([[.5], [.3]], [[.9], [.5]]) * rng.uniform(.85, 1.1, (2, 3)))
-    colour = (first + (second - first) * mix) * (np.outer(light, lit * np.maximum(toward @ normal, 0))
-                                                 + np.outer(ambient, .8 + .2 * normal[1]))
-    shine = gloss * lit * np.maximum((toward - view[2]) / np.linalg.norm(toward - view[2]) @ normal, 0) ** 30
-    image = (colour + shine).reshape(3, height, fine, width, fine).mean((2, 4)) * rng.uniform(1, 1.5)
-    image = scipy.ndimage.gaussian_filter(image, (0, *[rng.uniform(.2, .7)] * 2))
+    shade = np.outer(light, lit * np.maximum(toward @ normal, 0)) + np.outer(ambient, .8 + .2 * normal[1])
+    image = ((first + (second - first) * mix) * shade).reshape(3, height, fine, width, fine).mean((2, 4))
+    image = scipy.ndimage.gaussian_filter(image * rng.uniform(1, 1.5), (0, *[rng.uniform(.2, .7)] * 2))
     image += rng.normal(0, rng.uniform(.005, .025), image.shape)
     photo = np.round(np.clip(image, 0, 1).transpose(1, 2, 0) ** .7 * 255).astype(np.uint8)
     normal = (view @ normal * np.array([[1], [1], [-1]], np.float32)).reshape(3, h, w)
     ids = ids[::fine, ::fine]
-    owner, part = np.array(owner)[ids], np.array(parts)[ids]
-    return photo, names, owner, part, depth[::fine, ::fine], normal[:, ::fine, ::fine]
+    return photo, names, np.array(owner)[ids], np.array(parts)[ids], depth[::fine, ::fine], normal[:, ::fine, ::fine]
 
 
 def scene(seed, height, width):
-    """One image with all its ground truths, the same for the same arguments.
+    """One image of the demo world with all its ground truths, the same for the same arguments.
 
-    image (H, W, 3) uint8, semseg (H, W) VOC class or 255, labelmap (H, W) PASCAL-Context id, saliency (H, W)
-    bool, normals (H, W, 3) unit vectors (right, down, towards the viewer), depth (H, W) in metres, objects:
-    [(class name, class, mask, parts)], parts being [(part name, mask)], empty but for people.
+    image (H, W, 3) uint8, semseg (H, W) VOC class or 255, labelmap (H, W) PASCAL-Context id, saliency (H, W) bool,
+    normals (H, W, 3) unit vectors (right, down, towards the viewer), depth (H, W) in metres, objects: [(class name, class,
+    mask, parts)], parts being [(part name, mask)], empty but for people. Saliency follows a rule that the image alone can
+    teach: a thing scores √(its share of the image) × nearness to the centre × colour contrast to the rest; the best and
+    all above 60% of it stand out.
     """
-    image, names, owner, part, depth, normals = _render(seed, height, width, fine=2, shadow=192)
+    image, names, owner, part, depth, normals = _render(seed, height, width, fine=2, shadow=192, crowd=5)
     voc, context = np.array([THINGS[name][:2] for name in names]).T
     instance = np.where(voc[owner] > 0, owner, 0)
     border = scipy.ndimage.maximum_filter(instance, 3) != scipy.ndimage.minimum_filter(instance, 3)
@@ -981,69 +934,65 @@ def scene(seed, height, width):
             away = np.hypot(*(np.argwhere(mask).mean(0) / mask.shape - .5))
             contrast = np.linalg.norm(image[mask].mean(0) - image[~mask].mean(0)) / 255 + .1
             saliency[mask] = np.sqrt(mask.mean()) * np.exp(-(away / .35) ** 2) * contrast
-    return {"image": image, "semseg": np.where(border, 255, voc[owner]).astype(np.uint8), "objects": objects,
+    return {"image": image, "semseg": np.where(border, IGNORE, voc[owner]).astype(np.uint8), "objects": objects,
             "labelmap": context[owner].astype(np.uint16), "saliency": saliency > .6 * saliency.max(),
             "normals": normals.transpose(1, 2, 0), "depth": depth}
 
 
-def scene_classes(seed, size):
-    """A square image (size, size, 3) and which of the 20 VOC classes show in it: for pretraining."""
-    image, names, owner, *_ = _render(seed, size, size, fine=1, shadow=96)
+def scene_classes(job):
+    """A square image (size, size, 3) and which of the 20 VOC classes show in it, for pretraining. job: (seed, size)."""
+    seed, size = job
+    image, names, owner, *_ = _render(seed, size, size, fine=1, shadow=96, crowd=2)
     voc = np.array([THINGS[name][0] for name in names])[owner]
     return image, np.bincount(voc.ravel(), minlength=21)[1:] > size * size / 500
 
 
 def _struct(rows, *fields):
-    """A struct array as Matlab has it: 1 x rows."""
+    """A struct array as Matlab has it: 1 × rows."""
     return np.array([rows], [(field, object) for field in fields])
 
 
-def _write_scene(root, name, seed, height, width):
+def _write_scene(job):
     """Render one image and write its files; returns its entry of ImageSets/Parts."""
+    root, name, seed, height, width = job
     s = scene(seed, height, width)
-    objects = [(kind, index, mask.astype(np.uint8),
-                _struct([(p, m.astype(np.uint8)) for p, m in parts], "part_name", "mask"))
+    objects = [(kind, index, np.uint8(mask), _struct([(p, np.uint8(m)) for p, m in parts], "part_name", "mask"))
                for kind, index, mask, parts in s["objects"]]
     anno = _struct([(name, _struct(objects, "class", "class_ind", "mask", "parts"))], "imname", "objects")
     scipy.io.savemat(root / f"human_parts/{name}.mat", {"anno": anno}, do_compression=True)
     scipy.io.savemat(root / f"pascal-context/trainval/{name}.mat", {"LabelMap": s["labelmap"]}, do_compression=True)
     Image.fromarray(s["image"]).save(root / f"JPEGImages/{name}.jpg", quality=92)
-    exact = np.uint8(sum(index * mask for _, index, mask, _ in s["objects"]) + 0 * s["semseg"])
-    folder, semseg = ("semseg/VOC12", s["semseg"]) if seed // 2 % 2 else ("semseg/pascal-context", exact)
-    semseg = Image.fromarray(semseg)
-    palette = [sum((i >> 3 * b + c & 1) << 7 - b for b in range(8)) for i in range(256) for c in range(3)]
-    semseg.putpalette(palette)
-    normals, saliency = np.round((s["normals"] + 1) / 2 * 255).astype(np.uint8), s["saliency"] * np.uint8(255)
-    pngs = {folder: semseg, "normals_distill": Image.fromarray(normals), "sal_distill": Image.fromarray(saliency)}
-    for folder, image in pngs.items():
-        image.save(root / folder / f"{name}.png", compress_level=1)
+    semseg = Image.fromarray(s["semseg"])
+    semseg.putpalette(PALETTE.ravel().tolist())
+    semseg.save(root / f"semseg/{'VOC12' if seed // 2 % 2 else 'pascal-context'}/{name}.png", compress_level=1)
+    for folder, array in (("normals_distill", (s["normals"] + 1) / 2), ("sal_distill", s["saliency"])):
+        Image.fromarray(np.uint8(np.round(255 * array))).save(root / folder / f"{name}.png", compress_level=1)
     return name, [index if mask.mean() > .002 else -1 for _, index, mask, _ in s["objects"]]
 
 
-def make_demo(root, train=1000, val=200, size=160):
-    """Render a data set in PASCAL-Context's layout; `demo.json` comes last: where it is, all is."""
+def make_demo(root, train=DEMO["train"], val=DEMO["val"], size=DEMO["size"]):
+    """Render a data set in PASCAL-Context's layout; it gets its name when it is complete. size: longest side, pixels."""
     root = Path(root)
+    if root.exists():
+        raise UserError(f"{root} exists: name a folder that doesn't, or delete it")
+    partial = root.with_name(f"{root.name}.partial")
     for folder in ("JPEGImages", "semseg/VOC12", "semseg/pascal-context", "normals_distill", "sal_distill",
                    "human_parts", "pascal-context/trainval", "ImageSets/Context", "ImageSets/Parts"):
-        (root / folder).mkdir(parents=True, exist_ok=True)
-    shapes = [(3, 4), (4, 3), (2, 3), (5, 4), (3, 4), (4, 5), (9, 16), (1, 1)]
-    with workers() as pool:
-        for split, count, first in (("train", train, 0), ("val", val, 10**7)):
-            jobs = []
-            for k in range(count):
-                height, width = (round(size * side / max(shapes[k % 8])) for side in shapes[k % 8])
-                name = f"{2010 if first else 2008 + k % 2}_{k + 1:06d}"
-                jobs.append(pool.submit(_write_scene, root, name, first + k, height, width))
-            parts = dict(job.result() for job in jobs)
-            (root / f"ImageSets/Context/{split}.txt").write_text("".join(f"{name}\n" for name in parts))
-            (root / f"ImageSets/Parts/{split}.txt").write_text(json.dumps(parts))
-    (root / "demo.json").write_text(json.dumps({"train": train, "val": val, "size": size, "version": 1}))
+        (partial / folder).mkdir(parents=True, exist_ok=True)
+    shapes = ((3, 4), (4, 3), (2, 3), (5, 4), (3, 4), (4, 5), (9, 16), (1, 1))
+    for split, number, first in (("train", train, 0), ("val", val, 10**7)):
+        jobs = []
+        for k in range(number):
+            height, width = (round(size * side / max(shapes[k % 8])) for side in shapes[k % 8])
+            jobs.append((partial, f"{2010 if first else 2008 + k % 2}_{k + 1:06d}", first + k, height, width))
+        parts = dict(parallel(_write_scene, jobs, f"render {split}"))
+        (partial / f"ImageSets/Context/{split}.txt").write_text("".join(f"{name}\n" for name in parts))
+        (partial / f"ImageSets/Parts/{split}.txt").write_text(json.dumps(parts))
+    write_json(partial / "demo.json", {"train": train, "val": val, "size": size})
+    partial.rename(root)
 
 
 # ----------------------------------------------------------------------------------------------- python data.py
-
-DEMO = dict(train=1000, val=200, size=160)
-
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)

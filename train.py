@@ -37,7 +37,7 @@ from data import TASKS, UserError
 
 # What the paper does not say is ours: optimiser, learning rate, warm-up, clipping.
 DEFAULTS = {
-    "demo": dict(backbone="vit_tiny", epochs=6, batch=16, lr=2e-3, val_subset=64),
+    "demo": dict(backbone="vit_tiny", epochs=10, batch=16, lr=2e-3, val_subset=50),
     "pascal": dict(backbone="vit_base", epochs=40, batch=32, lr=5e-4, val_subset=500),
 }
 WEIGHT_DECAY = 0.01
@@ -309,7 +309,7 @@ def demo_backbone(root):
 
 def pretrain(path, backbone, device):
     """Pretrain the demo's backbone on one task alone, which classes are in an image, on images of their own."""
-    number, held_out, epochs, batch, peak = 2400, 400, 2, 32, 1e-3
+    number, held_out, epochs, batch, peak = 4000, 400, 6, 32, 2e-3
     side = ase.BACKBONES[backbone]["image"]
     # seeds that no scene of the demo has
     scenes = list(data.parallel(data.scene_classes, [(10 ** 9 + i, side) for i in range(number + held_out)], "render"))
@@ -323,8 +323,8 @@ def pretrain(path, backbone, device):
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.05)
     steps, begin = number // batch, time.time()
 
-    def logits(indices):
-        x = data.normalise(images[indices].to(device).float(), "imagenet")
+    def logits(x):
+        x = data.normalise(x.to(device).float(), "imagenet")
         return classify(model.features(x)[0][0].mean(1))
 
     for step in data.progress(range(steps * epochs), steps * epochs, "pretrain"):
@@ -332,13 +332,15 @@ def pretrain(path, backbone, device):
             order = torch.randperm(number)
         indices = order[step % steps * batch:][:batch]
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps * epochs, peak)
-        loss = F.binary_cross_entropy_with_logits(logits(indices), present[indices].to(device))
+        mirrored = (torch.rand(batch) < 0.5).view(-1, 1, 1, 1)
+        x = torch.where(mirrored, images[indices].flip(3), images[indices])
+        loss = F.binary_cross_entropy_with_logits(logits(x), present[indices].to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     with torch.inference_mode():
         rest = torch.arange(number, number + held_out)
-        found = torch.cat([logits(i) for i in rest.split(batch)]).cpu() > 0
+        found = torch.cat([logits(images[i]) for i in rest.split(batch)]).cpu() > 0
     truth = present[rest] > 0
     occurring = truth.any(0)
     right = (found == truth)[:, occurring].float().mean().item()
