@@ -1,0 +1,1072 @@
+"""All tests: each proves by an independent route, on tiny sizes. `pytest test_ase.py`, under three minutes."""
+
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.io
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from scipy import ndimage
+from scipy.optimize import linear_sum_assignment
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import maximum_flow
+from torch import nn
+
+import ase
+import data
+import evaluate
+import train
+from data import IGNORE, PALETTE, TASKS, Task, boundaries, legend_of, paint, sheet, thin
+from evaluate import (THRESHOLDS, draw_curves, draw_edges, draw_experts, draw_predictions, edge_counts, ods_f, suppress,
+                      thin_words, threshold_bits)
+
+rng = np.random.default_rng(0)
+ROOT = Path(__file__).parent
+
+# ------------------------------------------------------------------------------------------------ the model
+
+# T = 2, L = 5 tokens, D = 18, N = 7, S = 2, K = 3, R = 4; B is 3. Equalities are claimed in float64.
+SMALL = dict(image=8, patch=4, dim=18, depth=2, heads=3, tasks={"semseg": 5, "edge": 1}, experts=7, topk=3,
+             shared=2, rank=4, head_dim=8)
+SETTINGS = [(7, 3, 0), (7, 1, 1), (7, 3, 2), (3, 1, 2), (5, 5, 0)]  # N, K, S
+TABLE1 = ["103.52", "106.77", "108.25", "106.77", "108.25", "111.20"]  # millions, by hand
+both_gatings = pytest.mark.parametrize("gating", ["joint", "fixed"])
+
+
+def small(**changes):
+    return ase.Config(**(SMALL | changes))
+
+
+def random(*shape, seed=1):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def randomise(module):
+    """The module in float64 with no parameter left at zero or one."""
+    for i, p in enumerate(module.parameters()):
+        p.data = 0.5 * random(*p.shape, seed=i)
+    return module.double().eval()
+
+
+def gates_by_hand(z, shared, topk, gating):
+    """Eq. 1–9 for one token, in plain floats."""
+    sparse = range(shared, len(z))
+    kept = sorted(sparse, key=lambda i: z[i], reverse=True)[:topk]
+    if gating == "joint":
+        active = [*range(shared), *kept]
+        total = sum(math.exp(z[i]) for i in active)
+        return [math.exp(z[i]) / total if i in active else 0 for i in range(len(z))]
+    total = sum(math.exp(z[i]) for i in sparse)
+    return [1 if i < shared else math.exp(z[i]) / total if i in kept else 0 for i in range(len(z))]
+
+
+@both_gatings
+@pytest.mark.parametrize("experts, topk, shared", SETTINGS)
+def test_gates_are_the_equations_written_out(experts, topk, shared, gating):
+    z = 2 * random(3, 11, experts)
+    expected = [[gates_by_hand(token, shared, topk, gating) for token in row] for row in z.tolist()]
+    np.testing.assert_allclose(ase.gate(z, shared, topk, gating).numpy(), expected, rtol=0, atol=1e-13)
+
+
+@both_gatings
+@pytest.mark.parametrize("experts, topk, shared", SETTINGS)
+def test_exactly_k_sparse_gates_open_also_when_logits_tie(experts, topk, shared, gating):
+    for z in (torch.zeros(13, experts), random(13, experts).round()):
+        gates = ase.gate(z, shared, topk, gating)
+        assert (gates[:, shared:] > 0).sum(1).tolist() == [topk] * 13
+        assert (gates[:, :shared] > 0).all()
+
+
+def test_joint_gates_sum_to_one_and_fixed_ones_are_not_renormalised():
+    """Without shared experts the joint gate is the fixed one divided by its sum."""
+    z = random(101, 7)
+    ones = torch.ones(101, 1, dtype=torch.float64)
+    torch.testing.assert_close(ase.gate(z, 2, 3, "joint").sum(1, keepdim=True), ones)
+    fixed = ase.gate(z, 2, 3, "fixed")
+    assert fixed[:, :2].eq(1).all() and fixed[:, 2:].sum(1).lt(1).all()
+    torch.testing.assert_close(ase.gate(z, 2, 5, "fixed")[:, 2:].sum(1, keepdim=True), ones)
+    vanilla = ase.gate(z, 0, 3, "fixed")
+    torch.testing.assert_close(ase.gate(z, 0, 3, "joint"), vanilla / vanilla.sum(1, keepdim=True))
+
+
+@both_gatings
+def test_gates_are_computed_in_float32_and_survive_huge_logits(gating):
+    z = (3 * random(101, 7)).bfloat16()
+    expected = ase.gate(z.double(), 2, 3, gating)
+    torch.testing.assert_close(ase.gate(z, 2, 3, gating), expected.float(), rtol=1e-6, atol=1e-7)
+    huge = ase.gate(torch.tensor([1e4, -1e4, 2e4, 0]), 1, 2, gating)
+    assert huge.tolist() == [0 if gating == "joint" else 1, 0, 1, 0]
+
+
+def test_the_defaults_are_the_papers():
+    c = ase.Config()
+    assert (c.experts, c.topk, c.shared, c.rank, c.gating, c.lora) == (16, 3, 1, 4, "joint", 4)
+    assert (c.image, c.patch, c.dim, c.depth, c.heads, c.head_dim) == (224, 16, 768, 12, 12, 256)
+    assert len(c.tasks) == 5 and sum(c.tasks.values()) == 33
+    assert (ase.Config(experts=0).lora, ase.Config(experts=0, lora=2).lora, ase.Config(lora=0).lora) == (0, 2, 0)
+    with pytest.raises(FrozenInstanceError):
+        c.topk = 5
+    c.tasks.clear()
+    assert len(ase.Config().tasks) == 5  # no two share their default
+
+
+@pytest.mark.parametrize("change, told", [
+    (dict(topk=0), "1 to 15"), (dict(topk=16), "1 to 15"), (dict(topk=3, shared=14), "1 to 2"),
+    (dict(shared=16), "at most 15"), (dict(shared=-1), "shared"), (dict(experts=-1), "experts"),
+    (dict(rank=0), "rank"), (dict(lora=-1), "lora"), (dict(depth=0), "depth"), (dict(head_dim=0), "head_dim"),
+    (dict(gating="soft"), "joint or fixed"), (dict(image=216, patch=12), "power of two"),
+    (dict(patch=1), "power of two"), (dict(image=225), "240"), (dict(image=0), "image"),
+    (dict(heads=5), "5 attention heads"), (dict(experts=2.5), "2.5"), (dict(topk=True), "True"),
+    (dict(dim="768"), "'768'"), (dict(tasks={}), "task"), (dict(tasks=["edge"]), "task"), (dict(tasks={"edge": 0}), "edge"), (dict(tasks={"edge": 1.5}), "1.5"),
+    (dict(tasks={"a.b": 1}), "a.b"), (dict(experts=0, depth=-3), "depth")])
+def test_a_bad_configuration_is_one_line_with_its_rule(change, told):
+    with pytest.raises(ValueError) as error:
+        ase.Config(**change)
+    assert told in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change", [dict(topk=99, shared=99), dict(topk=-1, shared=-1, rank=None)])
+def test_without_experts_k_s_and_r_do_not_matter(change):
+    assert ase.count(ase.ASE(small(experts=0, **change))) == ase.count(ase.ASE(small(experts=0)))
+
+
+@both_gatings
+@pytest.mark.parametrize("experts, topk, shared, rank", [(7, 3, 2, 4), (5, 2, 0, 1), (3, 1, 2, 2)])
+def test_fused_experts_equal_the_loop_in_output_and_gradients(experts, topk, shared, rank, gating):
+    config = small(experts=experts, topk=topk, shared=shared, rank=rank, gating=gating)
+    layer = randomise(ase.LoRAExperts(config))
+    x = random(2, 3, 5, 18).requires_grad_()
+    fused, loop = layer(x)[0], layer.reference(x)
+    torch.testing.assert_close(fused, loop, rtol=1e-10, atol=1e-11)
+    of = [x, layer.router, layer.down, layer.up]
+    weight = random(*x.shape, seed=2)
+    expected = torch.autograd.grad((loop * weight).sum(), of)
+    for found, gradient in zip(torch.autograd.grad((fused * weight).sum(), of), expected):
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(found, gradient, rtol=1e-8, atol=1e-9)
+
+
+@both_gatings
+def test_update_and_routing_are_what_numpy_finds(gating):
+    """Σ g_i B_i A_i x by matrices; routing is the mean over B·L tokens, shared first, probs before top-k."""
+    layer = randomise(ase.LoRAExperts(small(gating=gating)))
+    x = random(2, 3, 5, 18)
+    update, probs, gates = (y.detach().numpy() for y in layer(x))
+    router, down, up = (p.detach().numpy() for p in (layer.router, layer.down, layer.up))
+    for t in range(2):
+        z = x[t].numpy() @ router[t]
+        g = np.array([[gates_by_hand(token, 2, 3, gating) for token in image] for image in z.tolist()])
+        expected = sum(g[..., i:i + 1] * (x[t].numpy() @ (up[i].T @ down[i]).T) for i in range(7))
+        np.testing.assert_allclose(update[t], expected, rtol=1e-9, atol=1e-11)
+        np.testing.assert_allclose(gates[t], g.mean((0, 1)), rtol=1e-9)
+        softmax = np.exp(z[..., 2:]) / np.exp(z[..., 2:]).sum(-1, keepdims=True)
+        np.testing.assert_allclose(probs[t], softmax.mean((0, 1)), rtol=1e-9)
+
+
+def test_noise_has_its_learned_size_in_training_and_is_absent_in_evaluation():
+    """20,000 copies of a token: the spread of a logit is softplus(W_noise x) + 0.01, its mean the logit."""
+    torch.manual_seed(0)
+    layer = randomise(ase.LoRAExperts(small())).train()
+    layer.noise.data *= 0.1
+    token = random(2, 1, 1, 18)
+    copies = token.expand(2, 4, 5000, 18)
+    z = layer.logits(copies).detach()
+    clean, raw = (torch.einsum("tabd,tdn->tn", token, p.detach()) for p in (layer.router, layer.noise))
+    sigma = torch.log(1 + torch.exp(raw)) + 0.01
+    torch.testing.assert_close(z.std(1), sigma, rtol=0.03, atol=0)
+    assert ((z.mean(1) - clean).abs() < 5 * sigma / math.sqrt(20_000)).all()
+    layer.noise.data = -1e3 * torch.sign(token[:, 0, 0])[:, :, None].expand(2, 18, 7)
+    torch.testing.assert_close(layer.logits(copies).std(1), 0 * sigma + 0.01, rtol=0.03, atol=0)
+    torch.testing.assert_close(layer.eval().logits(token)[:, 0], clean)
+
+
+def test_a_fresh_layer_starts_as_the_paper_page_says():
+    layer, linear = ase.LoRAExperts(small(dim=300)), ase.LoRALinear(300, 7, 4)
+    assert layer.up.eq(0).all() and layer.noise.eq(0).all() and linear.lora_up.eq(0).all()
+    assert 0.018 < layer.router.std() < 0.022
+    for down in (layer.down, linear.lora_down):  # Kaiming-uniform with a = √5
+        assert 0.95 < down.abs().max() * math.sqrt(300) <= 1.0001
+
+
+def test_attention_is_a_softmax_written_out():
+    attention = randomise(ase.Attention(small(lora=0)))
+    x = random(2, 3, 5, 18)
+    q, k, v = (x @ attention.qkv.weight.T + attention.qkv.bias).split(18, -1)
+    heads = []
+    for h in (slice(0, 6), slice(6, 12), slice(12, 18)):
+        scores = torch.exp(q[..., h] @ k[..., h].mT / math.sqrt(6))
+        heads.append(scores / scores.sum(-1, keepdim=True) @ v[..., h])
+    expected = torch.cat(heads, -1) @ attention.proj.weight.T + attention.proj.bias
+    torch.testing.assert_close(attention(x), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_lora_adds_the_product_of_its_matrices_to_the_weight():
+    layer = randomise(ase.LoRALinear(7, 11, 3))
+    x = random(2, 3, 5, 7)
+    merged = layer.weight + layer.lora_up @ layer.lora_down
+    torch.testing.assert_close(layer(x), x @ merged.T + layer.bias)
+
+
+def torch_block(block):
+    """PyTorch's own encoder layer with the weights of ours; in training mode, off its fused path."""
+    theirs = nn.TransformerEncoderLayer(18, 3, 72, 0.0, "gelu", 1e-6, batch_first=True, norm_first=True)
+    theirs.double()
+    for to, ours in ((theirs.norm1, block.norm1), (theirs.norm2, block.norm2),
+                     (theirs.linear1, block.mlp.fc1), (theirs.linear2, block.mlp.fc2),
+                     (theirs.self_attn.out_proj, block.attn.proj)):
+        to.load_state_dict(ours.state_dict())
+    theirs.self_attn.in_proj_weight.data = block.attn.qkv.weight.data
+    theirs.self_attn.in_proj_bias.data = block.attn.qkv.bias.data
+    return theirs
+
+
+def test_the_plain_vit_from_the_patches_to_the_final_norm():
+    """Patches cut by slicing, the class token first, PyTorch's encoder layers, the norm written out.
+
+    All is small, so that LayerNorm's eps shows: 1e-5 in place of 1e-6 is off by 1e-2.
+    """
+    model = randomise(ase.ASE(small(experts=0)))
+    images = random(3, 3, 8, 8)
+    for p in (model.patch_embed.proj.weight, model.patch_embed.proj.bias, model.cls_token, model.pos_embed):
+        p.data *= 0.01
+    cut = torch.stack([images[:, :, i:i + 4, j:j + 4].flatten(1) for i in (0, 4) for j in (0, 4)], 1)
+    patches = cut @ model.patch_embed.proj.weight.flatten(1).T + model.patch_embed.proj.bias
+    x = torch.cat([model.cls_token.expand(3, 1, 18), patches], 1) + model.pos_embed
+    for block in model.blocks:
+        x = torch_block(block)(x)
+    x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
+    expected = x * model.norm.weight + model.norm.bias
+    torch.testing.assert_close(model.features(images)[0], expected[None], rtol=1e-8, atol=1e-8)
+
+
+def test_a_block_adds_its_experts_to_the_ffn():
+    """Eq. 10 with the loop: the experts see what the FFN sees."""
+    block = randomise(ase.Block(small()))
+    x = random(2, 3, 5, 18)
+    y = x + block.attn(block.norm1(x))
+    expected = y + block.mlp(block.norm2(y)) + block.experts.reference(block.norm2(y))
+    torch.testing.assert_close(block(x)[0], expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("patch", [2, 4, 16])
+def test_heads_are_as_large_as_the_image_and_the_closed_formula(patch):
+    head = ase.Head(small(image=3 * patch, patch=patch), 5)
+    assert head(torch.randn(2, 10, 18)).shape == (2, 5, 3 * patch, 3 * patch)
+    assert sum(getattr(m, "kernel_size", 0) == (3, 3) for m in head.layers) == math.log2(patch)
+    with torch.device("meta"):
+        assert sum(p.numel() for p in ase.Head(ase.Config(), patch).parameters()) == 3_543_552 + 257 * patch
+
+
+def test_a_head_sees_its_patches_in_place_and_not_the_class_token():
+    head = randomise(ase.Head(small(image=32), 1))
+    tokens = random(1, 65, 18)
+    other = tokens.clone()
+    other[:, 0] += 1
+    assert torch.equal(head(tokens), head(other))
+    other[:, 1 + 1 * 8 + 6] += 5 * random(18)  # row 1, column 6 of 8 × 8
+    row, column = divmod((head(tokens) - head(other)).abs().argmax().item(), 32)
+    assert row < 16 <= column
+
+
+def test_parameters_by_part_are_the_closed_formula_whatever_the_tasks_are_called():
+    d, n, r, t, blocks, w = 18, 7, 4, 2, 2, 8
+    vit = (3 * 16 * d + d) + d + 5 * d + blocks * (12 * d * d + 9 * d + 4 * d) + 2 * d
+    heads = t * (2 * d + (9 * d * w + w) + (9 * w * w + w) + 4 * w) + (w + 1) * (5 + 1)
+    expected = {"backbone": (vit, 0), "heads": (heads, heads), "embeddings": (t * d, t * d)}
+    sizes = {"LoRA": 4 * (4 + 2 + 5 + 5) * d, "experts": 2 * n * r * d, "routers": 2 * t * d * n}
+    expected |= {name: (blocks * size, blocks * size) for name, size in sizes.items()}
+    assert ase.count(ase.ASE(small())) == expected
+    assert ase.count(ase.ASE(small(tasks={"lora_": 5, "task_embedding": 1}))) == expected
+
+
+@both_gatings
+def test_a_fresh_model_is_its_frozen_backbone_for_every_task(gating):
+    model = ase.ASE(small(gating=gating)).double().eval()
+    plain = ase.ASE(small(experts=0)).double()
+    plain.load_state_dict({name: model.state_dict()[name] for name in plain.state_dict()})
+    images = random(3, 3, 8, 8)
+    expected = plain.features(images)[0].expand(2, 3, 5, 18)
+    torch.testing.assert_close(model.features(images)[0], expected, rtol=0, atol=1e-12)
+
+
+def test_what_is_trained_and_what_stays_frozen():
+    added = ("lora_", "experts.", "task_embedding", "heads.")
+    for change in (dict(), dict(experts=0, lora=2)):
+        for name, p in ase.ASE(small(**change)).named_parameters():
+            assert p.requires_grad == any(word in name for word in added), name
+    for change in (dict(lora=0), dict(experts=0)):
+        assert all(p.requires_grad for p in ase.ASE(small(**change)).parameters())
+
+
+def test_a_loss_reaches_the_shared_experts_but_nothing_of_another_task():
+    model = randomise(ase.ASE(small())).train()
+    model(random(3, 3, 8, 8))[0]["edge"].square().mean().backward()
+    layers = [block.experts for block in model.blocks]
+    for owned in [model.task_embedding, *(p for layer in layers for p in (layer.router, layer.noise))]:
+        assert owned.grad[0].eq(0).all() and owned.grad[1].abs().sum() > 0
+    for layer in layers:
+        assert layer.up.grad[:2].abs().sum((1, 2)).gt(0).all()
+        assert layer.down.grad[:2].abs().sum((1, 2)).gt(0).all()
+    for name, p in model.named_parameters():
+        if name.startswith("heads.semseg") or ase.part(name) == "backbone":
+            assert p.grad is None, name
+
+
+@pytest.mark.parametrize("change", [dict(), dict(experts=0)])
+def test_predictions_are_each_tasks_head_on_its_own_tokens(change):
+    model = randomise(ase.ASE(small(**change)))
+    predictions, _ = model(random(3, 3, 8, 8))
+    tokens, _ = model.features(random(3, 3, 8, 8))
+    assert list(predictions) == ["semseg", "edge"] and predictions["semseg"].shape == (3, 5, 8, 8)
+    torch.testing.assert_close(predictions["semseg"], model.heads["semseg"](tokens[0]))
+    torch.testing.assert_close(predictions["edge"], model.heads["edge"](tokens[-1]))
+
+
+def test_mutual_information_is_its_definition_and_has_its_extremes():
+    """Zero when tasks route alike, log T when no two share an expert."""
+    probs = random(3, 5, 7).softmax(-1)
+    for p, found in zip(probs.numpy(), ase.mutual_information(probs), strict=True):
+        expected = sum(p[t, i] / 5 * np.log(p[t, i] / p[:, i].mean()) for t in range(5) for i in range(7))
+        assert found.item() == pytest.approx(expected, rel=1e-10)
+    assert ase.mutual_information(probs[:, :1].expand(3, 5, 7)).abs().max() < 1e-12
+    assert ase.mutual_information(torch.eye(5, 7)[None]).item() == pytest.approx(math.log(5), rel=1e-6)
+
+
+def test_mutual_information_trains_the_sparse_columns_of_the_routers():
+    layer = randomise(ase.LoRAExperts(small())).train()
+    ase.mutual_information(layer(random(2, 3, 5, 18))[1][None]).sum().backward()
+    assert layer.router.grad.abs().sum((0, 1)).gt(0).tolist() == [False] * 2 + [True] * 5
+    assert layer.up.grad is None and layer.down.grad is None
+
+
+def test_tokens_and_routing_have_their_shapes():
+    """T = 2, B = 3, L = 5, seven blocks, D = 17, N = 13, N − S = 11."""
+    config = dict(depth=7, dim=17, heads=1, experts=13)
+    tokens, routing = ase.ASE(small(**config)).features(torch.randn(3, 3, 8, 8))
+    assert (tokens.shape, routing.probs.shape, routing.gates.shape) == ((2, 3, 5, 17), (7, 2, 11), (7, 2, 13))
+    torch.testing.assert_close(routing.probs.sum(-1), torch.ones(7, 2))
+    torch.testing.assert_close(routing.gates.sum(-1), torch.ones(7, 2))
+    tokens, routing = ase.ASE(small(**config | dict(experts=0))).features(torch.randn(3, 3, 8, 8))
+    assert (tokens.shape, routing.probs.shape, routing.gates.shape) == ((1, 3, 5, 17), (7, 2, 0), (7, 2, 0))
+
+
+@pytest.mark.parametrize("change", [dict(), dict(experts=0, lora=2)])
+def test_checkpointing_computes_twice_and_changes_nothing(monkeypatch, change):
+    calls, results, ffn = [], [], ase.FFN.forward
+    monkeypatch.setattr(ase.FFN, "forward", lambda self, x: calls.append(self) or ffn(self, x))
+    for checkpointing, computed in ((False, 2), (True, 2 + 4)):
+        model = randomise(ase.ASE(small(**change))).train()
+        model.checkpointing = checkpointing
+        torch.manual_seed(3)  # the same router noise
+        predictions, routing = model(random(3, 3, 8, 8))
+        sum(p.square().mean() for p in [*predictions.values(), routing.probs, routing.gates]).backward()
+        gradients = [p.grad for p in model.parameters() if p.requires_grad]
+        results.append([*predictions.values(), *routing, *gradients])
+        assert len(calls) == computed
+    for plain, recomputed in zip(*results, strict=True):
+        torch.testing.assert_close(recomputed, plain, rtol=1e-10, atol=1e-12)
+
+
+def test_routers_stay_in_float32_under_autocast_and_in_a_model_of_bfloat16():
+    model, x = ase.ASE(small()).eval(), torch.randn(2, 3, 5, 18)
+    with torch.autocast("cpu", torch.bfloat16):
+        z = model.blocks[0].experts.logits(x)
+        routing = model.features(torch.randn(3, 3, 8, 8))[1]
+    torch.testing.assert_close(z, x.flatten(1, 2) @ model.blocks[0].experts.router)
+    half = ase.LoRAExperts(small()).bfloat16()
+    update, probs, gates = half(x.bfloat16())
+    assert update.dtype == torch.bfloat16
+    assert {y.dtype for y in (*routing, probs, gates)} == {torch.float32}
+    expected = x.bfloat16().float().flatten(1, 2) @ half.router.float()
+    torch.testing.assert_close(half.eval().logits(x.bfloat16()), expected)
+
+
+# ---------------------------------------------------------------------------------------- pretrained weights
+
+
+def backbone_of(config):
+    """The ViT of a random model, as a file of pretrained weights holds it: no LoRA, no experts, no heads."""
+    model = randomise(ase.ASE(config)).float()
+    return {name: p.data for name, p in model.named_parameters() if ase.part(name) == "backbone"}
+
+
+def transformers_names(state):
+    """The weights under the names of transformers' ViTModel: query, key and value apart, and its pooler."""
+    names = {"attn.proj": "attention.output.dense", "mlp.fc1": "intermediate.dense",
+             "mlp.fc2": "output.dense", "norm1": "layernorm_before", "norm2": "layernorm_after",
+             "blocks.": "encoder.layer.", "cls_token": "embeddings.cls_token",
+             "pos_embed": "embeddings.position_embeddings", "norm.": "layernorm.",
+             "patch_embed.proj": "embeddings.patch_embeddings.projection"}
+    theirs = {"vit.pooler.dense.weight": torch.zeros(2, 2)}
+    for name, x in state.items():
+        for timm, new in names.items():
+            name = name.replace(timm, new)
+        thirds = zip(("query", "key", "value"), x.chunk(3)) if ".qkv." in name else [("", x)]
+        theirs |= {"vit." + name.replace("attn.qkv", f"attention.attention.{part}"): y for part, y in thirds}
+    return theirs
+
+
+def safetensors(state, dtype="F32", header=None, length=None):
+    """The bytes of such a file: header length, JSON, numbers; bfloat16 is the upper half of a float32."""
+    entries, body = {"__metadata__": {"format": "pt"}}, b""
+    for name, x in state.items():
+        x = x.bfloat16().float() if dtype == "BF16" else x
+        upper = (x.numpy().view("<u4") >> 16).astype("<u2")
+        numbers = {"F32": x.numpy(), "F16": x.half().numpy(), "BF16": upper}
+        start, body = len(body), body + numbers[dtype].tobytes()
+        entries[name] = {"dtype": dtype, "shape": list(x.shape), "data_offsets": [start, len(body)]}
+    text = json.dumps(header or entries).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + body
+
+
+def write(path, content):
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+
+
+FORMATS = {  # a name → what the file holds, and how exactly
+    "bare": (lambda s: s, 1e-5),
+    "model": (lambda s: {"model": s, "epoch": 3}, 1e-5),
+    "state_dict": (lambda s: {"state_dict": {f"module.backbone.{n}": x for n, x in s.items()}}, 1e-5),
+    "module": (lambda s: {f"module.{n}": x for n, x in s.items()}, 1e-5),
+    "backbone": (lambda s: {f"backbone.{n}": x for n, x in s.items()}, 1e-5),
+    "vit": (lambda s: {f"vit.{n}": x for n, x in s.items()}, 1e-5),
+    "f32": (safetensors, 1e-5),
+    "f16": (lambda s: safetensors(s, "F16"), 0.02),
+    "bf16": (lambda s: safetensors(s, "BF16"), 0.2),
+    "transformers": (transformers_names, 1e-5),
+    "transformers, f32": (lambda s: safetensors(transformers_names(s)), 1e-5),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_one_vit_in_every_format_gives_the_same_features(tmp_path, name):
+    content, tolerance = FORMATS[name]
+    source, model = randomise(ase.ASE(small(experts=0))).float(), ase.ASE(small()).eval()
+    write(tmp_path / "weights", content(backbone_of(small(experts=0))))
+    told = ase.load_backbone(model, str(tmp_path / "weights"))
+    images = random(3, 3, 8, 8).float()
+    expected = source.features(images)[0].expand(2, 3, 5, 18)
+    torch.testing.assert_close(model.features(images)[0], expected, rtol=0, atol=tolerance)
+    assert "\n" not in told and ("pooler" in told) == ("transformers" in name)
+
+
+def test_position_embeddings_of_another_grid_are_resized(tmp_path):
+    """The class token is kept, a constant stays constant, a ramp along x stays one with its mean."""
+    state = backbone_of(small(image=16))
+    state["pos_embed"][0, 1:] = 3
+    state["pos_embed"][0, 1:, 1] = torch.arange(16.0) % 4
+    write(tmp_path / "weights", state)
+    for side in (2, 8):
+        model = ase.ASE(small(image=4 * side))
+        assert f"from 4×4 to {side}×{side}" in ase.load_backbone(model, tmp_path / "weights")
+        assert torch.equal(model.pos_embed[:, 0], state["pos_embed"][:, 0])
+        grid = model.pos_embed[0, 1:].detach().unflatten(0, (side, side))
+        torch.testing.assert_close(grid[..., 2:], torch.full((side, side, 16), 3.0))
+        torch.testing.assert_close(grid[..., 1], grid[:1, :, 1].expand(side, side))
+        assert grid[0, :, 1].diff().gt(0).all() and grid[..., 1].mean().item() == pytest.approx(1.5, abs=1e-5)
+
+
+def test_weights_of_another_width_name_the_preset_that_they_fit(tmp_path):
+    tiny = ase.Config(**ase.BACKBONES["vit_tiny"])
+    write(tmp_path / "weights", backbone_of(tiny))
+    assert ase.backbone_for(tmp_path / "weights") == "vit_tiny"
+    with pytest.raises(ValueError, match=f"width {tiny.dim}, .*width 18, .*--backbone vit_tiny"):
+        ase.load_backbone(ase.ASE(small()), tmp_path / "weights")
+
+
+def header(**changes):
+    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    return safetensors({}, header={"cls_token": entry | changes})
+
+
+CODE = b"cos\nsystem\n(S'touch executed'\ntR."  # a pickle of os.system("touch executed")
+FAULTS = {  # a name → what the file holds, and what the error says of it
+    "empty": (lambda s: b"", "expected a ViT"),
+    "text": (lambda s: b"are these weights?", "expected a ViT"),
+    "one byte": (lambda s: b".", "expected a ViT"),
+    "code": (lambda s: CODE, "cannot read"),
+    "a tensor": (lambda s: torch.zeros(3), "holds a Tensor"),
+    "no ViT": (lambda s: {"fc.weight": torch.zeros(3)}, "fc.weight"),
+    "a key missing": (lambda s: {n: x for n, x in s.items() if n != "norm.bias"}, "lacks 1 .*norm.bias"),
+    "NaN": (lambda s: s | {"norm.bias": s["norm.bias"] / 0}, "norm.bias .*not finite"),
+    "a shape": (lambda s: s | {"norm.bias": torch.zeros(17)}, r"norm.bias .*\(17,\).*\(18,\)"),
+    "no square": (lambda s: s | {"pos_embed": torch.zeros(1, 7, 18)}, "7 position embeddings"),
+    "no positions": (lambda s: s | {"pos_embed": torch.zeros(1, 0, 18)}, "0 position embeddings"),
+    "flat positions": (lambda s: s | {"pos_embed": torch.zeros(18)}, "holds no ViT"),
+    "depth": (lambda s: backbone_of(small(depth=3)), "3 blocks.* 2 blocks"),
+    "patch": (lambda s: backbone_of(small(image=16, patch=8)), "patch 8.* patch 4"),
+    "header of 2^60 bytes": (lambda s: safetensors(s, length=2**60), "header"),
+    "header cut": (lambda s: safetensors(s, length=9), "cannot read"),
+    "offsets outside": (lambda s: header(data_offsets=[2**50, 2**50 + 8]), "cls_token"),
+    "offsets below": (lambda s: header(data_offsets=[-8, 0]), "cls_token"),
+    "2^60 numbers": (lambda s: header(shape=[2**60]), "cls_token"),
+    "an odd shape": (lambda s: header(shape=["2"]), "cannot read"),
+    "an odd entry": (lambda s: safetensors({}, header={"cls_token": [1]}), "cannot read"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_bad_weights_file_is_one_line_at_once_and_changes_nothing(tmp_path, monkeypatch, fault):
+    monkeypatch.chdir(tmp_path)
+    content, told = FAULTS[fault]
+    model, untouched = (randomise(ase.ASE(small())) for _ in range(2))
+    write(tmp_path / "weights", content(backbone_of(small())))
+    began = time.perf_counter()
+    with pytest.raises(ValueError, match=told) as error:
+        ase.load_backbone(model, tmp_path / "weights")
+    assert time.perf_counter() - began < 2 and "\n" not in str(error.value)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), untouched.parameters(), strict=True))
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("content", [lambda s: s, safetensors])
+def test_a_weights_file_cut_anywhere_or_absent_is_one_line(tmp_path, content):
+    path = tmp_path / "weights"
+    with pytest.raises(ValueError, match="no weights file"):
+        ase.read_backbone(path)
+    write(path, content(backbone_of(small())))
+    whole = path.read_bytes()
+    for size in range(0, len(whole), len(whole) // 19):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"^[^\n]*expected a ViT[^\n]*$"):
+            ase.read_backbone(path)
+
+
+def test_the_command_prints_every_row_of_table_1(capsys):
+    """The models are built on torch's meta device, at the paper's size."""
+    ase.main([])
+    rows = capsys.readouterr().out.splitlines()[-6:]
+    for name, total, row in zip(ase.TABLE1, TABLE1, rows, strict=True):
+        with torch.device("meta"):
+            parameters = list(ase.ASE(ase.Config(**ase.TABLE1[name])).parameters())
+        assert row.startswith(name) and total in row.split()
+        assert f"{sum(p.numel() for p in parameters) / 1e6:.2f}" == total
+
+
+def test_an_unknown_flag_is_one_line_and_exit_code_2(capsys):
+    with pytest.raises(SystemExit) as end:
+        ase.main(["--unknown"])
+    told = capsys.readouterr().err
+    assert end.value.code == 2 and told.count("\n") == 1
+    assert told.startswith("error: ") and "--unknown" in told
+
+
+# ---------------------------------------------------------------------------------------------- the edge metric
+
+def slow_thin(image, passes=10**6):
+    """Lam, Lee and Suen 1992, pixel by pixel: x1 … x8 from the east, counter-clockwise, x9 = x1."""
+    p = np.pad(image, 1).astype(int)
+    for _ in range(passes):
+        start = p.copy()
+        for half in (0, 1):
+            gone = []
+            for i, j in np.argwhere(p).tolist():
+                ring = [(0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1), (1, 0), (1, 1), (0, 1)]
+                x = [None] + [p[i + a, j + b] for a, b in ring]
+                g1 = sum(not x[2 * k - 1] and (x[2 * k] or x[2 * k + 1]) for k in (1, 2, 3, 4)) == 1
+                n1 = sum(x[2 * k - 1] or x[2 * k] for k in (1, 2, 3, 4))
+                n2 = sum(x[2 * k] or x[2 * k + 1] for k in (1, 2, 3, 4))
+                g2 = 2 <= min(n1, n2) <= 3
+                if half == 0:
+                    g3 = not ((x[2] or x[3] or not x[8]) and x[1])
+                else:
+                    g3 = not ((x[6] or x[7] or not x[4]) and x[5])
+                if g1 and g2 and g3:
+                    gone.append((i, j))
+            for i, j in gone:
+                p[i, j] = 0
+        if (p == start).all():
+            break
+    return p[1:-1, 1:-1] > 0
+
+
+def blobs(rng, h, w, ids=9, size=7):
+    """A label map of smooth regions: the largest of several blurred noises."""
+    fields = rng.standard_normal((ids, h, w))
+    return np.stack([ndimage.gaussian_filter(field, size) for field in fields]).argmax(axis=0)
+
+
+def edges_of(labels):
+    return boundaries(torch.from_numpy(labels)[None])[0].numpy()
+
+
+def shapes(h=41, w=37):
+    y, x = np.mgrid[:h, :w]
+    disc = (y - 20) ** 2 + (x - 17) ** 2 < 150
+    ring = disc & ((y - 20) ** 2 + (x - 17) ** 2 > 60)
+    full = np.ones((h, w), dtype=bool)
+    return [disc, ring, full, ~full, abs(y - x) < 3, (y % 7 < 2) | (x % 11 < 2)]
+
+
+def maps(rng, h=29, w=31):
+    """Random maps of all densities, dots and blobs, with (41, 37) shapes among them."""
+    out = [rng.random((h, w)) < density for density in (0.1, 0.3, 0.5, 0.7, 0.9)]
+    out += [ndimage.gaussian_filter(rng.standard_normal((h, w)), size) > 0 for size in (1, 2, 3)]
+    return out + shapes()
+
+
+def test_thin_is_lam_lee_suen():
+    for image in maps(np.random.default_rng(0)):
+        assert (thin(image) == slow_thin(image)).all()
+        for passes in (1, 2, 3):
+            assert (thin(image, passes) == slow_thin(image, passes)).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (2, 2), (3, 5)])
+def test_thin_tiny(shape):
+    rng = np.random.default_rng(1)
+    for _ in range(10):
+        image = rng.random(shape) < 0.7
+        assert (thin(image) == slow_thin(image)).all()
+
+
+def test_thin_all_3x3_neighbourhoods():
+    """Each of the 512 patterns at once, as 8 words of 64 bits: the bitwise algebra has no case left out."""
+    patterns = (np.arange(512)[:, None] >> np.arange(9) & 1).astype(bool).reshape(512, 3, 3)
+    padded = np.pad(patterns, ((0, 0), (1, 1), (1, 1)))
+    words = np.packbits(padded, axis=0, bitorder="little").reshape(8, 8, 5, 5)
+    words = np.ascontiguousarray(np.moveaxis(words, 1, -1)).view("<u8")[..., 0]
+    for once in thin(words), thin_words(words):
+        for k, pattern in enumerate(padded):
+            assert ((once[k // 64] >> np.uint64(k % 64) & np.uint64(1)) == slow_thin(pattern)).all()
+
+
+def test_thin_words_torch_and_numpy_agree():
+    rng = np.random.default_rng(2)
+    stack = rng.random((64, 23, 29)) < np.linspace(0.05, 0.95, 64)[:, None, None]
+    stack[7] = ndimage.gaussian_filter(rng.standard_normal((23, 29)), 3) > 0
+    words = sum(image.astype(np.uint64) << np.uint64(k) for k, image in enumerate(stack))
+    original = words.copy()
+    singly = [thin(image) for image in stack]
+    for once in thin(words), thin_words(words[None])[0]:
+        assert once.dtype == np.uint64
+        for k in range(64):
+            assert ((once >> np.uint64(k) & np.uint64(1)) == singly[k]).all()
+    assert (words == original).all()  # the input is left alone
+    assert (thin(torch.from_numpy(stack)).numpy() == np.stack(singly)).all()
+    for passes in (1, 2):
+        assert (thin(torch.from_numpy(stack), passes).numpy() == thin(stack, passes)).all()
+
+
+def test_two_passes_are_enough_for_smooth_boundaries():
+    rng = np.random.default_rng(3)
+    for _ in range(5):
+        edge = edges_of(blobs(rng, 113, 97))
+        done = thin(edge)
+        assert 0 < done.sum() < edge.sum()
+        assert (thin(edge, 2) != done).sum() <= 0.01 * done.sum()  # junctions
+    y, x = np.mgrid[:101, :103]
+    edge = edges_of((y - 50) ** 2 + (x - 50) ** 2 < 1600)
+    assert (thin(edge, 2) == thin(edge)).all()
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (5, 2), (31, 37)])
+def test_boundaries_is_scipys_laplacian(shape):
+    rng = np.random.default_rng(4)
+    for high in (2, 4, 460):
+        labels = rng.integers(0, high, (3, *shape))
+        expected = [ndimage.laplace(x, mode="mirror") != 0 for x in labels]
+        assert (boundaries(torch.from_numpy(labels.astype(np.int16))).numpy() == expected).all()
+
+
+def test_boundaries_laplacian_can_cancel():
+    """1 2 3: the middle pixel differs from both neighbours, and is no boundary."""
+    assert boundaries(torch.tensor([[[1, 2, 3]] * 2])).tolist() == [[[True, False, True]] * 2]
+
+
+def slow_suppress(prob):
+    """metrics: the structured-edges toolbox, pixel by pixel, in float64."""
+    h, w = prob.shape
+
+    def at(a, i, j):  # symmetric padding
+        i = i if 0 <= i < h else (-1 - i if i < 0 else 2 * h - 1 - i)
+        j = j if 0 <= j < w else (-1 - j if j < 0 else 2 * w - 1 - j)
+        return a[i, j]
+
+    def gradient(a):  # (along x, along y)
+        gx, gy = np.zeros((h, w)), np.zeros((h, w))
+        for i in range(h):
+            for j in range(w):
+                left, right, up, down = max(j - 1, 0), min(j + 1, w - 1), max(i - 1, 0), min(i + 1, h - 1)
+                gx[i, j] = (a[i, right] - a[i, left]) / (right - left)
+                gy[i, j] = (a[down, j] - a[up, j]) / (down - up)
+        return gx, gy
+
+    smooth = np.zeros((h, w))
+    for i in range(h):
+        for j in range(w):
+            for a in range(-4, 5):
+                for b in range(-4, 5):
+                    smooth[i, j] += (5 - abs(a)) * (5 - abs(b)) / 625 * at(prob, i + a, j + b)
+    ox, oy = gradient(smooth)
+    oxx, _ = gradient(ox)
+    oxy, oyy = gradient(oy)
+    out = prob.copy()
+    for i in range(h):
+        for j in range(w):
+            angle = np.arctan(oyy[i, j] * np.sign(-oxy[i, j]) / (oxx[i, j] + 1e-5)) % np.pi
+            for side in (-1, 1):
+                x = min(max(j + side * np.cos(angle), 0), w - 1)
+                y = min(max(i + side * np.sin(angle), 0), h - 1)
+                x0, y0 = min(int(x), w - 2), min(int(y), h - 2)
+                fx, fy = x - x0, y - y0
+                top = prob[y0, x0] * (1 - fx) + prob[y0, x0 + 1] * fx
+                bottom = prob[y0 + 1, x0] * (1 - fx) + prob[y0 + 1, x0 + 1] * fx
+                if 1.01 * prob[i, j] < top * (1 - fy) + bottom * fy:
+                    out[i, j] = 0
+            out[i, j] *= min(j, w - 1 - j, 5) / 5 * min(i, h - 1 - i, 5) / 5
+    return out
+
+
+@pytest.mark.parametrize("shape", [(23, 31), (31, 17), (11, 13)])
+def test_suppress_is_the_pixel_loop(shape):
+    rng = np.random.default_rng(5)
+    for size in (0, 1, 2.5):
+        prob = ndimage.gaussian_filter(rng.random(shape), size)
+        prob = (prob - prob.min()) / np.ptp(prob)
+        before = prob.copy()
+        assert np.allclose(suppress(prob), slow_suppress(prob), rtol=0, atol=1e-12)
+        assert (prob == before).all()
+        single = suppress(prob.astype(np.float32))
+        assert single.dtype == np.float32
+        assert (abs(single - suppress(prob)) > 1e-5).mean() < 0.02  # ties of rounding only
+
+
+def test_suppress_keeps_the_ridge():
+    """A blurred vertical line becomes its crest, faded towards the border."""
+    prob = np.exp(-((np.arange(41) - 20.0) ** 2) / 8) * np.ones((37, 1))
+    kept = suppress(prob)
+    assert (np.flatnonzero(kept[18]) == [20]).all()
+    assert np.allclose(kept[:7, 20], [0, 0.2, 0.4, 0.6, 0.8, 1, 1])
+
+
+def pairs(predicted, gt, reach):
+    """(predicted, truth) bool: which pairs may match."""
+    a, b = np.argwhere(predicted), np.argwhere(gt)
+    return np.sqrt(((a[:, None] - b[None]) ** 2).sum(axis=-1)) <= reach
+
+
+def plain_counts(prob, gt, thresholds, max_dist=0.0075, nms=True, how="flow"):
+    """One threshold after another: all distances, and scipy's flow, or slow thinning and the assignment."""
+    prob = suppress(prob) if nms else prob
+    out = []
+    for t in map(float, thresholds):  # a plain number compares in the type of prob
+        predicted = slow_thin(prob > t) if how == "assign" else thin(prob > t)
+        allowed = pairs(predicted, gt, max_dist * np.sqrt(gt.shape[0] ** 2 + gt.shape[1] ** 2))
+        n, m = allowed.shape
+        if how == "assign":
+            matched = allowed[linear_sum_assignment(allowed, maximize=True)].sum() if allowed.any() else 0
+        else:
+            graph = np.zeros((n + m + 2, n + m + 2), dtype=np.int32)
+            graph[0, 1 : n + 1] = 1
+            graph[1 : n + 1, n + 1 : n + m + 1] = allowed
+            graph[n + 1 : n + m + 1, n + m + 1] = 1
+            matched = maximum_flow(csr_array(graph), 0, n + m + 1, method="dinic").flow_value
+        out.append((matched, n, m))
+    return np.array(out)
+
+
+def test_matching_exhaustively():
+    """Every way to give the truth pixels to the predicted ones, on tiny grids."""
+    rng = np.random.default_rng(6)
+    seen = set()
+    for _ in range(300):
+        h, w = rng.integers(2, 5, 2)
+        gt = rng.random((h, w)) < 0.35
+        prob = (rng.random((h, w)) < 0.45).astype(float)
+        reach = rng.choice([1, 1.5, 2.3])
+        predicted = slow_thin(prob > 0.5)
+        allowed = pairs(predicted, gt, reach)
+        if allowed.shape[0] > allowed.shape[1]:
+            allowed = allowed.T
+        if allowed.shape[1] > 7:
+            continue
+        ways = itertools.permutations(range(allowed.shape[1]), allowed.shape[0])
+        best = max(sum(allowed[i, j] for i, j in enumerate(way)) for way in ways)
+        found = edge_counts(prob, gt, [0.5], max_dist=reach / np.hypot(h, w) * (1 + 1e-9), nms=False)
+        assert found.tolist() == [[best, predicted.sum(), gt.sum()]]
+        seen.add(int(best))
+    assert len(seen) >= 4  # the maps were not all trivial
+
+
+def cases(rng, count):
+    """Maps and thin truths of ragged sizes: noise, blurred noise, boundaries moved and blurred."""
+    for k in range(count):
+        h, w = rng.integers(11, 30, 2)
+        labels = blobs(rng, h, w, 5, 3)
+        gt = thin(edges_of(labels))
+        if k % 3 == 0:
+            prob = rng.random((h, w))
+        elif k % 3 == 1:
+            prob = ndimage.gaussian_filter(rng.random((h, w)), 1)
+            prob = (prob - prob.min()) / np.ptp(prob)
+        else:
+            moved = np.roll(edges_of(labels), rng.integers(-2, 3, 2), (0, 1)).astype(float)
+            prob = np.clip(ndimage.gaussian_filter(moved, 1) + 0.3 * rng.random((h, w)), 0, 1)
+        if k % 7 == 0:
+            gt = thin(rng.random((h, w)) < 0.5)
+        yield prob.astype(np.float32 if k % 2 else np.float64), gt
+
+
+def test_counts_are_those_of_one_threshold_after_another():
+    rng = np.random.default_rng(7)
+    thresholds = np.array([0.05, 0.2, 0.3, 0.35, 0.4, 0.5, 0.6, 0.8, 0.9])
+    for k, (prob, gt) in enumerate(cases(rng, 210)):
+        reach = (0.06, 0.1, 0.16)[k % 5 % 3]
+        nms = bool(k // 3 % 2)
+        expected = plain_counts(prob, gt, thresholds, reach, nms)
+        assert (edge_counts(prob, gt, thresholds, reach, nms) == expected).all()
+
+
+def test_counts_against_the_assignment():
+    rng = np.random.default_rng(8)
+    for k, (prob, gt) in enumerate(cases(rng, 21)):
+        expected = plain_counts(prob, gt, [0.15, 0.45, 0.75], 0.09, k % 2 == 0, "assign")
+        assert (edge_counts(prob, gt, [0.15, 0.45, 0.75], 0.09, k % 2 == 0) == expected).all()
+
+
+def test_long_paths_on_a_dense_map():
+    """As many predicted as truth pixels: paths grow long, and the matching needs several rounds."""
+    rng = np.random.default_rng(9)
+    prob, gt = rng.random((113, 109)), thin(rng.random((113, 109)) < 0.5)
+    reach = 0.015 * np.hypot(*gt.shape)
+    predicted = thin(prob > 0.5)
+    p, t = np.nonzero(pairs(predicted, gt, reach))
+    n, m = predicted.sum(), gt.sum()
+    rows = np.r_[np.zeros(n, int), p + 1, n + 1 + np.arange(m)]
+    columns = np.r_[1 + np.arange(n), t + n + 1, np.full(m, n + m + 1)]
+    graph = csr_array((np.ones(len(rows), np.int32), (rows, columns)), shape=(n + m + 2, n + m + 2))
+    expected = maximum_flow(graph, 0, n + m + 1, method="dinic").flow_value
+    assert edge_counts(prob, gt, [0.5], 0.015, nms=False).tolist() == [[expected, n, m]]
+
+
+@pytest.mark.parametrize("count", [1, 63, 64, 65, 99, 101, 130])
+def test_any_number_of_thresholds_in_any_order(count):
+    rng = np.random.default_rng(10)
+    prob, gt = next(cases(rng, 1))
+    thresholds = np.linspace(0, 1, count)
+    prob.flat[:count:3] = thresholds[: prob.size : 3]  # exactly at a threshold is not above it
+    words = threshold_bits(prob, thresholds)
+    for k, t in enumerate(thresholds):
+        assert ((words[k // 64] >> np.uint64(k % 64) & np.uint64(1)) == (prob > t)).all()
+    counts = edge_counts(prob, gt, thresholds, 0.08)
+    assert counts.shape == (count, 3) and counts.dtype == np.int64
+    shuffled = rng.permutation(count)
+    assert (edge_counts(prob, gt, thresholds[shuffled], 0.08) == counts[shuffled]).all()
+    some = slice(None, None, 9)
+    assert (plain_counts(prob, gt, thresholds[some], 0.08) == counts[some]).all()
+
+
+def test_thresholds():
+    assert len(THRESHOLDS) == 101 and THRESHOLDS[0] == 0.001 and THRESHOLDS[-1] == 0.999
+    assert np.allclose(THRESHOLDS[1:-1], np.linspace(0.01, 0.99, 99))
+
+
+def points(shape, *at):
+    out = np.zeros(shape, dtype=bool)
+    for i, j in at:
+        out[i, j] = True
+    return out
+
+
+def test_exactly_at_the_reach():
+    """240×320 has a diagonal of 400, so a reach of 3 pixels; 30×40 with 0.1: 5 pixels, as 3-4-5."""
+    gt = points((240, 320), (100, 100))
+    for at, matched in (((100, 103), 1), ((100, 104), 0), ((102, 102), 1), ((103, 101), 0), ((97, 100), 1)):
+        prob = points((240, 320), at).astype(float)
+        assert edge_counts(prob, gt, [0.5], nms=False).tolist() == [[matched, 1, 1]]
+    for at, matched in (((13, 24), 1), ((14, 24), 0)):
+        prob = points((30, 40), at).astype(float)
+        assert edge_counts(prob, points((30, 40), (10, 20)), [0.5], 0.1, False).tolist() == [[matched, 1, 1]]
+
+
+def test_exactly_at_a_threshold_is_not_above_it():
+    prob = 0.2 * points((23, 29), (10, 10))
+    for kind in (np.float32, np.float64):
+        counts = edge_counts(prob.astype(kind), points((23, 29), (10, 10)), THRESHOLDS[19:22], nms=False)
+        assert counts.tolist() == [[1, 1, 1], [0, 0, 1], [0, 0, 1]]
+
+
+def test_no_match_around_the_image_border():
+    """Rows are not joined end to start."""
+    prob = points((20, 30), (5, 29)).astype(float)
+    assert edge_counts(prob, points((20, 30), (6, 0)), [0.5], 0.1, False).tolist() == [[0, 1, 1]]
+
+
+def test_one_to_one():
+    """Two predicted pixels around one truth pixel match once; and a path must move a match to make room."""
+    shape = (23, 29)
+    gt = points(shape, (10, 10))
+    prob = points(shape, (10, 8), (10, 12)).astype(float)
+    assert edge_counts(prob, gt, [0.5], 0.1, False).tolist() == [[1, 2, 1]]
+    gt = points(shape, (10, 10), (10, 13))
+    prob = points(shape, (10, 8), (10, 11)).astype(float)  # 11 is nearer to 10, which 8 needs
+    assert edge_counts(prob, gt, [0.5], 0.1, False).tolist() == [[2, 2, 2]]
+
+
+def test_nothing_predicted_and_no_truth():
+    gt = points((23, 29), (10, 10), (3, 4))
+    none = np.zeros((23, 29))
+    for nms in (True, False):
+        assert edge_counts(none, gt, [0.3, 0.6], nms=nms).tolist() == [[0, 0, 2], [0, 0, 2]]
+        empty = edge_counts(np.random.default_rng(11).random((23, 29)), gt & False, [0.3, 0.6], nms=nms)
+        assert (empty[:, 1] > 0).all() and not empty[:, [0, 2]].any()
+    assert ods_f([[0, 0, 2], [0, 0, 2]]) == 0
+    assert np.isnan(ods_f(empty))
+    assert np.isnan(ods_f([[0, 0, 0]]))
+
+
+def test_ods_f_by_hand():
+    """P = 6/8, R = 6/12: F = 0.6. P = 9/24, R = 9/12: F = 0.5. No mean over images, no interpolation."""
+    assert ods_f([[6, 8, 12], [9, 24, 12], [0, 0, 12]]) == pytest.approx(60)
+    one, two = np.array([[1, 1, 1]]), np.array([[0, 8, 4]])
+    assert ods_f(one + two) == pytest.approx(100 * 2 * (1 / 9) * (1 / 5) / (1 / 9 + 1 / 5))
+
+
+def test_bad_input_is_told():
+    with pytest.raises(ValueError, match="NaN"):
+        edge_counts(np.full((11, 13), np.nan), np.zeros((11, 13), bool), [0.5])
+    with pytest.raises(ValueError, match="float"):
+        edge_counts(np.zeros((11, 13), bool), np.zeros((11, 13), bool), [0.5])
+    with pytest.raises(ValueError, match="both the same"):
+        edge_counts(np.zeros((13, 11)), np.zeros((11, 13), bool), [0.5])
+
+
+def test_distance_transform_is_never_lower():
+    """What must not be reported as odsF: precision and recall by distance alone."""
+    rng = np.random.default_rng(12)
+    higher = 0
+    for prob, gt in cases(rng, 30):
+        reach = 0.08 * np.hypot(*gt.shape)
+        ours = edge_counts(prob, gt, [0.2, 0.5, 0.8], 0.08)
+        kept = suppress(prob)
+        for t, (matched, predicted, truth) in zip([0.2, 0.5, 0.8], ours):
+            edge = thin(kept > t)
+            if not edge.any() or not gt.any():
+                continue
+            near_truth = (ndimage.distance_transform_edt(~gt)[edge] <= reach).sum()
+            near_edge = (ndimage.distance_transform_edt(~edge)[gt] <= reach).sum()
+            assert near_truth >= matched and near_edge >= matched
+            higher += near_truth > matched or near_edge > matched
+    assert higher > 20
+
+
+# ------------------------------------------------------------------------------------------------- the pictures
+
+def five_maps(height=20, width=30):
+    normals = rng.normal(size=(3, height, width))
+    return {"semseg": rng.integers(0, 21, (height, width)), "human_parts": rng.integers(0, 7, (height, width)),
+            "sal": rng.random((height, width)), "edge": rng.integers(0, 2, (height, width)),
+            "normals": normals / np.linalg.norm(normals, axis=0)}
+
+
+def drawn(path):
+    """A picture that opens, is not one colour, and is less than 1 MB."""
+    with Image.open(path) as opened:
+        image = np.asarray(opened)
+    return image.std() > 1 and path.stat().st_size < 1e6
+
+
+def test_palette_is_vocs():
+    known = {0: (0, 0, 0), 1: (128, 0, 0), 2: (0, 128, 0), 7: (128, 128, 128), 8: (64, 0, 0), 12: (64, 0, 128),
+             15: (192, 128, 128), 16: (0, 64, 0), 20: (0, 64, 128)}
+    assert all(tuple(PALETTE[i]) == colour for i, colour in known.items())
+    assert len({tuple(colour) for colour in PALETTE}) == 256
+
+
+def test_paint_void_is_the_same_grey_in_every_task():
+    void = tuple(PALETTE[255])
+    assert tuple(paint(TASKS["semseg"], np.array([[255]]))[0, 0]) == void
+    assert tuple(paint(TASKS["edge"], np.array([[255, 1]], np.uint8))[0, 0]) == void
+    assert tuple(paint(TASKS["normals"], np.zeros((3, 1, 1)))[0, 0]) == void
+
+
+def test_paint_values():
+    assert paint(TASKS["sal"], np.array([[0, 1], [0.2, 255]])).tolist() == [
+        [[255] * 3, [0] * 3], [[204] * 3, [224] * 3]]
+    assert paint(TASKS["edge"], np.array([[0, 1]], np.uint8)).tolist() == [[[255] * 3, [0] * 3]]
+    assert paint(TASKS["edge"], np.array([[False, True]])).tolist() == [[[255] * 3, [0] * 3]]
+    assert paint(TASKS["sal"], np.full((2, 3), 255)).tolist() == [[[224] * 3] * 3] * 2
+    assert paint(TASKS["normals"], np.array([0, -1, 1.0]).reshape(3, 1, 1)).tolist() == [[[128, 0, 255]]]
+    depth = Task(1, 1, "l1", "rmse", True, "depth")
+    assert paint(depth, np.array([[0, 10.0]])).tolist() == [[[255] * 3, [0] * 3]]
+
+
+def test_legend_lists_exactly_the_classes_that_occur():
+    arrays = [np.array([[0, 15]]), np.array([[255, 7, 7]])]
+    assert [name for name, _ in legend_of(TASKS["semseg"], arrays)] == ["background", "car", "person", "ignored"]
+    assert dict(legend_of(TASKS["semseg"], arrays))["person"] == (192, 128, 128)
+    assert dict(legend_of(TASKS["normals"], []))["ignored"] == (224, 224, 224)
+
+
+def test_sheet_shows_every_cell_and_keeps_the_aspect():
+    colours = np.array([[200, 0, 0], [0, 200, 0], [0, 0, 200]], np.uint8)
+    cells = [np.broadcast_to(c, shape + (3,)) for c, shape in zip(colours, [(10, 40), (300, 100), (7, 7)])]
+    picture = np.asarray(sheet([cells[:2], cells[2:]], legend=[("x", None), ("name", (1, 2, 3))], labels=["a", "b"]))
+    counts = [(picture == c).all(-1).sum() for c in colours]
+    assert counts == [180 * 45, 60 * 180, 180 * 180]
+    assert (picture == (1, 2, 3)).all(-1).any()
+
+
+def test_predictions(tmp_path):
+    image = rng.integers(0, 255, (20, 30, 3), np.uint8)
+    draw_predictions(tmp_path / "p.png", [(image, five_maps(), five_maps())] * 2)
+    draw_predictions(tmp_path / "photo.png", [(image, None, five_maps())])
+    assert drawn(tmp_path / "p.png") and drawn(tmp_path / "photo.png")
+    with Image.open(tmp_path / "p.png") as picture:
+        assert picture.width == 6 + 11 * 186
+
+
+def test_a_new_task_is_a_row_of_the_table(tmp_path, monkeypatch):
+    monkeypatch.setitem(TASKS, "depth", Task(1, 1, "l1", "rmse", True, "depth"))
+    sample = {"depth": 10 * rng.random((9, 9))}
+    draw_predictions(tmp_path / "p.png", [(np.zeros((9, 9, 3), np.uint8), sample, sample)])
+    assert drawn(tmp_path / "p.png")
+
+
+@pytest.mark.parametrize("layers, experts, shared", [(6, 32, 2), (12, 64, 4), (1, 1, 0), (2, 300, 1)])
+def test_experts(tmp_path, layers, experts, shared):
+    epochs = [(e, rng.random((layers, 5, experts)).tolist()) for e in (1, 2, 3, 4)]
+    draw_experts(tmp_path / "e.png", epochs, list(TASKS), shared)
+    assert drawn(tmp_path / "e.png")
+
+
+def test_without_experts_steps_or_truth_nothing_is_drawn(tmp_path):
+    draw_experts(tmp_path / "e.png", [(1, np.zeros((6, 5, 0)).tolist())], list(TASKS), 0)
+    draw_experts(tmp_path / "e.png", [], list(TASKS), 0)
+    draw_curves(tmp_path / "c.png", [])
+    draw_edges(tmp_path / "d.png", np.zeros((9, 3), int), np.linspace(0, 1, 9))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("count", [1, 2, 300])
+def test_curves(tmp_path, count):
+    records = [{"kind": "step", "step": s, "epoch": s / 50, "loss": 2.0, "losses": {"sal": 1 / s, "edge": 0.0},
+                "lr": 1e-4 * s} for s in range(1, count + 1)]
+    records += [{"kind": "epoch", "epoch": 1, "step": count, "val": {"sal": float("nan"), "edge": 0.1}}]
+    draw_curves(tmp_path / "c.png", records)
+    draw_curves(tmp_path / "d.png", records[:1])
+    assert drawn(tmp_path / "c.png") and drawn(tmp_path / "d.png")
+
+
+def test_edges(tmp_path):
+    draw_edges(tmp_path / "d.png", [(80, 200, 100), (50, 60, 100), (0, 0, 100)], [0.1, 0.5, 0.9])
+    draw_edges(tmp_path / "n.png", [(0, 0, 100)], [0.5])
+    assert drawn(tmp_path / "d.png") and drawn(tmp_path / "n.png")
+
+
+def test_ticks_are_round_and_inside():
+    for low, high in [(0, 1800), (0.03, 0.13), (0, 5e-4), (0, 25000), (1.7, 1.7), (-2, 3)]:
+        ticks = evaluate.round_ticks(low, high)
+        assert len(ticks) <= 7 and (ticks >= low - 1e-9).all() and (ticks <= high + 1e-9).all()
