@@ -431,7 +431,7 @@ def judge(model, dataset, mean_std, device, protocol=Protocol(), batch=16):
 
 def evaluate(model, dataset, mean_std="imagenet", device="cpu", protocol=Protocol()):
     """{task: metric} of a model on a split (`data.PascalContext`), at native size, in the units of `TASKS`."""
-    return values(judge(model, dataset, mean_std, device, protocol)[0])
+    return values(judge(model, dataset, mean_std, torch.device(device), protocol)[0])
 
 
 # --------------------------------------------------------------------------------------------- Δm and baselines

@@ -1070,3 +1070,524 @@ def test_ticks_are_round_and_inside():
     for low, high in [(0, 1800), (0.03, 0.13), (0, 5e-4), (0, 25000), (1.7, 1.7), (-2, 3)]:
         ticks = evaluate.round_ticks(low, high)
         assert len(ticks) <= 7 and (ticks >= low - 1e-9).all() and (ticks <= high + 1e-9).all()
+
+
+# ------------------------------------------------------------------------------------------------------ the data
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory):
+    """A small demo that every test reads and none writes: 13 and 7 images of at most 48 pixels."""
+    root = tmp_path_factory.mktemp("data") / "mini"
+    data.make_demo(root, 13, 7, 48)
+    return root
+
+
+@pytest.fixture
+def broken(mini, tmp_path):
+    """A copy of the small demo to break."""
+    import shutil
+    return Path(shutil.copytree(mini, tmp_path / "broken", ignore=shutil.ignore_patterns("cache")))
+
+
+def struct(rows, *fields):
+    return np.array([rows], [(field, object) for field in fields])
+
+
+def write_by_hand(root, id="2008_000001"):
+    """One image whose every map is written out in this function, with odd sizes."""
+    for folder in ("JPEGImages", "semseg/VOC12", "semseg/pascal-context", "normals_distill", "sal_distill", "human_parts",
+                   "pascal-context/trainval", "ImageSets/Context"):
+        (root / folder).mkdir(parents=True)
+    image, labels = np.full((5, 7, 3), 90, np.uint8), np.full((5, 7), 284, np.uint16)
+    labels[:, 4:] = 360
+    Image.fromarray(image).save(root / f"JPEGImages/{id}.jpg")
+    voc, other = np.zeros((5, 7), np.uint8), np.ones((5, 7), np.uint8)
+    voc[2, 3], voc[0, 0] = 15, 255
+    for folder, array in (("semseg/VOC12", voc), ("semseg/pascal-context", other)):
+        picture = Image.fromarray(array)
+        picture.putpalette(PALETTE.ravel().tolist())
+        picture.save(root / folder / f"{id}.png")
+    head, torso = np.zeros((5, 7), np.uint8), np.zeros((5, 7), np.uint8)
+    head[1, 1:3], torso[1:3, 1] = 1, 1
+    parts = struct([("head", head), ("torso", torso)], "a", "b")  # names of fields are not to be relied on
+    objects = struct([("person", 15, head | torso, parts), ("cow", 10, head, np.empty((0, 0)))], "p", "q", "r", "s")
+    scipy.io.savemat(root / f"human_parts/{id}.mat", {"anno": struct([(id, objects)], "x", "y")})
+    scipy.io.savemat(root / f"pascal-context/trainval/{id}.mat", {"LabelMap": labels})
+    Image.fromarray(np.where(voc == 15, 200, 100).astype(np.uint8)).save(root / f"sal_distill/{id}.png")
+    Image.fromarray(np.full((5, 7, 3), (0, 128, 255), np.uint8)).save(root / f"normals_distill/{id}.png")
+    for split in ("train", "val"):
+        (root / f"ImageSets/Context/{split}.txt").write_text(f"{id} \r\n")  # trailing blanks and CRLF are legal
+    return voc, labels
+
+
+def test_the_loader_reads_what_was_written_by_hand(tmp_path):
+    voc, labels = write_by_hand(tmp_path / "hand")
+    image, truth = data.PascalContext(tmp_path / "hand", "train", 32)[0]
+    assert image.shape == (3, 5, 7) and abs(image.float() - 90).max() <= 2
+    assert (truth["semseg"].numpy() == voc).all()  # VOC12 goes before pascal-context
+    expected = np.zeros((5, 7), int)
+    expected[1, 2], expected[1:3, 1] = 1, 2  # painted in the order of the file
+    assert (truth["human_parts"].numpy() == expected).all()
+    assert (truth["sal"].numpy() == (voc == 15)).all()
+    laplacian = ndimage.laplace(labels.astype(int), mode="mirror") != 0
+    assert (truth["edge"].numpy() == slow_thin(laplacian)).all()
+    n = np.array([-1, 2 * 128 / 255 - 1, 1])
+    expected = (n / np.linalg.norm(n))[:, None, None] * (labels == 284)  # sky has no normals
+    np.testing.assert_allclose(truth["normals"].numpy(), expected, atol=1e-6)
+
+
+def test_maps_of_another_size_are_resized_where_legal_and_refused_elsewhere(tmp_path):
+    write_by_hand(tmp_path / "hand")
+    Image.fromarray(np.full((10, 14), 255, np.uint8)).save(tmp_path / "hand/sal_distill/2008_000001.png")
+    _, truth = data.PascalContext(tmp_path / "hand", "train", 32)[0]
+    assert truth["sal"].shape == (5, 7) and truth["sal"].all()
+    labels = {"LabelMap": np.ones((7, 5), np.uint16)}
+    scipy.io.savemat(tmp_path / "hand/pascal-context/trainval/2008_000001.mat", labels)
+    with pytest.raises(data.Fault, match="2008_000001.mat is 5×7: expected its image's 7×5"):
+        data.PascalContext(tmp_path / "hand", "train", 32)[0]
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_grey_and_cmyk_photos_are_read(tmp_path, mode):
+    write_by_hand(tmp_path / "hand")
+    Image.new("RGB", (7, 5), (90, 90, 90)).convert(mode).save(tmp_path / "hand/JPEGImages/2008_000001.jpg")
+    assert data.PascalContext(tmp_path / "hand", "train", 32)[0][0].shape == (3, 5, 7)
+
+
+def test_the_demo_is_deterministic_and_agrees_with_itself(mini):
+    one, two = data.scene(5, 48, 36), data.scene(5, 48, 36)
+    assert all((one[name] == two[name]).all() for name in ("image", "semseg", "labelmap", "saliency", "normals"))
+    np.testing.assert_allclose(np.linalg.norm(one["normals"], axis=2), 1, atol=1e-4)
+    for kind, index, mask, parts in one["objects"]:
+        assert data.VOC_CLASSES[index] == kind
+        assert set(np.unique(one["semseg"][mask])) <= {index, IGNORE}
+        assert all(not (part & ~mask).any() for _, part in parts)
+    shapes = {data.PascalContext(mini, "train", 32)[i][0].shape for i in range(8)}
+    assert len(shapes) >= 5
+    both = [set(data.read_ids(mini, split)) for split in ("train", "val")]
+    assert len(both[0]) == 13 and len(both[1]) == 7 and not both[0] & both[1]
+
+
+def canvas_of(image_planes):
+    planes = torch.from_numpy(image_planes)[None]
+    return planes, torch.tensor([planes.shape[2:]])
+
+
+def a_scene(size=48):
+    planes = np.zeros((data.PLANES, size, size), np.uint8)
+    generator = np.random.default_rng(3)
+    planes[:6] = generator.integers(0, 256, (6, size, size))
+    planes[data.START["semseg"]] = generator.integers(0, 21, (size, size))
+    labels = np.kron(generator.choice([284, 59, 360], (6, 6)), np.ones((size // 6, size // 6), int))
+    planes[data.START["labelmap"]], planes[data.START["labelmap"] + 1] = labels & 255, labels >> 8
+    planes[data.START["human_parts"], 10:20, 10:20] = 3
+    return planes
+
+
+def test_warp_without_augmentation_is_the_image_itself():
+    planes = a_scene()
+    batch = data.warp(*canvas_of(planes), 48, "imagenet")
+    truth = data.targets(torch.from_numpy(planes)[None], passes=2)
+    assert all((batch.targets[task] == truth[task]).all() for task in TASKS)
+    expected = data.normalise(torch.from_numpy(planes[None, :3]).float(), "imagenet")
+    np.testing.assert_allclose(batch.images, expected, atol=1e-4)
+
+
+def test_a_mirrored_warp_mirrors_every_map_and_negates_the_first_normal():
+    mirror = torch.tensor([[[-1.0, 0], [0, 1]]])
+    plain, flipped = (data.warp(*canvas_of(a_scene()), 48, "half", m) for m in (None, mirror))
+    np.testing.assert_allclose(flipped.images, plain.images.flip(3), atol=1e-4)
+    for task in ("semseg", "human_parts", "sal"):
+        assert (flipped.targets[task] == plain.targets[task].flip(2)).all()
+    sign = torch.tensor([-1.0, 1, 1]).view(3, 1, 1)
+    np.testing.assert_allclose(flipped.targets["normals"], plain.targets["normals"].flip(3) * sign, atol=1e-6)
+
+
+def test_normals_turn_with_their_image():
+    """A quarter turn: what pointed right points down, and the pixel at the right is found at the bottom."""
+    planes = a_scene()
+    planes[data.START["labelmap"]], planes[data.START["labelmap"] + 1] = 284 & 255, 284 >> 8
+    planes[3:6] = np.array([255, 127, 127])[:, None, None]
+    planes[data.START["semseg"]] = 0
+    planes[data.START["semseg"], 24, 40] = 7
+    quarter = torch.tensor([[[0.0, 1], [-1, 0]]])
+    batch = data.warp(*canvas_of(planes), 48, "half", quarter)
+    x, y, _ = batch.targets["normals"][0, :, 24, 24].tolist()
+    assert abs(x) < 0.01 and y > 0.99
+    assert batch.targets["semseg"][0].argmax().item() == 40 * 48 + 23
+
+
+def test_outside_of_the_image_nothing_is_true_and_no_edge_arises():
+    planes = a_scene()
+    planes[data.START["labelmap"]], planes[data.START["labelmap"] + 1] = 284 & 255, 284 >> 8
+    shrink = 1.5 * torch.eye(2)[None]
+    batch = data.warp(*canvas_of(planes), 48, "half", shrink)
+    assert (batch.targets["semseg"][0, :7] == IGNORE).all() and (batch.targets["sal"][0, :, :7] == IGNORE).all()
+    assert not batch.targets["normals"][0, :, :7].any()
+    assert not (batch.targets["edge"] == 1).any()
+
+
+def test_images_of_several_sizes_share_a_batch(mini):
+    dataset = data.PascalContext(mini, "train", 32)
+    batch = next(dataset.batches([[0, 1, 2]], torch.device("cpu"), "imagenet"))
+    for i in range(3):
+        alone = next(dataset.batches([[i]], torch.device("cpu"), "imagenet"))
+        np.testing.assert_allclose(batch.images[i], alone.images[0], atol=1e-4)
+        assert all((batch.targets[task][i] == alone.targets[task][0]).all() for task in TASKS if task != "normals")
+
+
+def test_random_warps_stay_in_their_ranges():
+    matrices = data.random_warps(2000, torch.Generator().manual_seed(0))
+    scale = matrices.det().abs().rsqrt()
+    assert 0.75 <= scale.min() < 0.76 and 1.24 < scale.max() <= 1.25001
+    assert 0.45 < (matrices.det() < 0).float().mean() < 0.55
+    angle = torch.atan2(matrices[:, 1, 0].abs(), matrices[:, 1, 1].abs()).rad2deg()
+    assert 19.5 < angle.max() <= 20.001
+
+
+def test_the_cache_holds_the_files_and_sees_a_newer_source(mini, tmp_path):
+    dataset = data.PascalContext(mini, "train", 32)
+    folder = data.build_cache(mini, dataset.ids, tmp_path / "cache")
+    cached = data.PascalContext(mini, "train", 32, folder)
+    assert all((cached.planes(i) == dataset.planes(i)).all() for i in range(13))
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    data.build_cache(mini, dataset.ids, folder)
+    assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    stale = folder / f"{dataset.ids[4]}.npy"
+    os.utime(stale, (1, 1))
+    data.build_cache(mini, dataset.ids, folder)
+    changed = [path for path in folder.iterdir() if path.stat().st_mtime_ns != before[path]]
+    assert changed == [stale]
+
+
+# -------------------------------------------------------------------------------------------- losses and metrics
+
+
+def random_maps(task, shape=(3, 7, 5), seed=0):
+    """A raw prediction and a target with ignored pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    prediction = torch.randn(shape[0], TASKS[task].channels, *shape[1:], generator=generator)
+    known = torch.rand(shape, generator=generator) < 0.7
+    if task == "normals":
+        return prediction, F.normalize(torch.randn(prediction.shape, generator=generator), dim=1) * known[:, None]
+    high = max(2, TASKS[task].channels)
+    return prediction, torch.randint(high, shape, generator=generator).masked_fill(~known, IGNORE)
+
+
+def loss_by_hand(task, prediction, target):
+    pixels = []
+    for b, y, x in itertools.product(*map(range, (prediction.shape[0], *prediction.shape[2:]))):
+        p, t = prediction[b, :, y, x].tolist(), target[b, ..., y, x].tolist()
+        if task == "normals" and any(t):
+            length = math.sqrt(sum(v * v for v in p))
+            pixels.append(sum(abs(v / length - w) for v, w in zip(p, t)) / 3)
+        elif task != "normals" and t != IGNORE:
+            pixels.append((p, t))
+    if task == "normals":
+        return sum(pixels) / len(pixels)
+    if TASKS[task].channels > 1:
+        return sum(math.log(sum(map(math.exp, p))) - p[t] for p, t in pixels) / len(pixels)
+    w = 0.95 if task == "edge" else sum(t == 0 for _, t in pixels) / len(pixels)
+    return sum(math.log(1 + math.exp(-p[0])) * w if t else math.log(1 + math.exp(p[0])) * (1 - w)
+               for p, t in pixels) / len(pixels)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_each_loss_is_the_loop_over_pixels(task):
+    prediction, target = random_maps(task)
+    loss = evaluate.losses({task: prediction}, {task: target})[task]
+    assert loss.item() == pytest.approx(loss_by_hand(task, prediction, target), rel=1e-5)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_losses_of_parts_add_up_to_that_of_the_batch(task):
+    prediction, target = random_maps(task)
+    counts = evaluate.count_pixels({task: target})
+    parts = [evaluate.losses({task: p}, {task: t}, counts)[task] for p, t in
+             zip(prediction.split([2, 1]), target.split([2, 1]))]
+    assert sum(parts).item() == pytest.approx(evaluate.losses({task: prediction}, {task: target})[task].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_without_any_truth_a_loss_is_zero_and_its_gradient_too(task):
+    prediction, target = random_maps(task)
+    prediction.requires_grad_()
+    loss = evaluate.losses({task: prediction}, {task: target * 0 + (0 if task == "normals" else IGNORE)})[task]
+    loss.backward()
+    assert loss.item() == 0 and not prediction.grad.any()
+
+
+def test_miou_against_sets_of_pixels():
+    prediction, truth = rng.integers(0, 5, (11, 13)), rng.integers(0, 4, (11, 13))
+    truth[rng.random(truth.shape) < 0.2] = IGNORE
+    scores = []
+    for c in range(7):
+        p, t = ({tuple(i) for i in np.argwhere((m == c) & (truth != IGNORE)).tolist()} for m in (prediction, truth))
+        if p | t:
+            scores.append(len(p & t) / len(p | t))
+    assert evaluate.miou(evaluate.confusion(prediction, truth, 7)) == pytest.approx(100 * np.mean(scores))
+    assert math.isnan(evaluate.miou(np.zeros((7, 3), int)))
+
+
+def test_saliency_takes_the_best_threshold_of_the_mean_over_images():
+    maps = [(rng.random((7, 11)), rng.integers(0, 2, (7, 11))), (np.zeros((5, 3)), np.zeros((5, 3), int))]
+    total = sum(evaluate.jaccards(p, t) for p, t in maps)
+    best = 0
+    for n in range(20, 91, 5):
+        found = maps[0][0] > n / 100
+        union = (found | (maps[0][1] == 1)).sum()
+        best = max(best, ((found & (maps[0][1] == 1)).sum() / union + 1) / 2)
+    assert evaluate.METRICS["max_iou"].value(total) == pytest.approx(100 * best)
+
+
+def test_angles_between_normals():
+    truth = np.array([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 0]]).T.reshape(3, 1, 4)
+    turned = np.array([[0.0, 1, 0], [0, math.cos(0.3), math.sin(0.3)], [0, 0, -1], [1, 0, 0]]).T.reshape(3, 1, 4)
+    total = evaluate.angles(turned, truth)
+    assert total[1] == 3 and total[0] == pytest.approx(90 + math.degrees(0.3) + 180)
+
+
+def test_delta_m_gives_every_row_of_table_1():
+    rows = {-1.29: (58.4, 15.9, 51.8, 62.6, 50.3), -1.74: (58.9, 16.4, 51.9, 62.2, 50.6), 0.13: (59.7, 15.5, 51.7, 62.7, 51.5),
+            0.66: (60.4, 15.4, 51.6, 63.1, 51.7), 2.68: (69.1, 16.2, 54.8, 61.9, 49.9), 6.06: (73.7, 17.5, 59.2, 62.9, 53.7),
+            6.11: (73.8, 17.4, 59.3, 62.9, 53.3), 7.49: (74.0, 17.3, 60.1, 63.2, 55.3), 7.58: (74.0, 17.2, 60.3, 63.3, 54.9)}
+    for expected, (seg, normals, parts, sal, edge) in rows.items():
+        metrics = {"semseg": seg, "human_parts": parts, "sal": sal, "edge": edge, "normals": normals}
+        assert evaluate.delta_m(metrics, evaluate.BASELINES["resnet18"]) == pytest.approx(expected, abs=0.0101)
+    with pytest.raises(data.UserError, match="no normals"):
+        evaluate.delta_m(metrics, {"semseg": 1, "human_parts": 1, "sal": 1, "edge": 1})
+
+
+def test_evaluation_does_not_depend_on_the_batch(mini):
+    model = ase.ASE(ase.Config(image=32, dim=12, depth=1, heads=2, head_dim=8, experts=3, topk=1, rank=2)).eval()
+    dataset = data.PascalContext(mini, "val", 32)
+    one, five = (evaluate.judge(model, dataset, "half", torch.device("cpu"), batch=b)[0] for b in (1, 5))
+    for task in TASKS:
+        np.testing.assert_allclose(one[task], five[task], rtol=1e-5)
+    assert set(evaluate.evaluate(model, dataset, "half")) == set(TASKS)
+
+
+# ---------------------------------------------------------------------------------------------- the commands
+
+SHORT = ["--weights", "none", "--size", "32", "--epochs", "2", "--batch", "4", "--experts", "4", "--topk", "2",
+         "--rank", "2", "--device", "cpu"]
+
+
+def fails(capsys, main, *argv):
+    """What a command says that ends in exit code 2: one line on stderr, no traceback."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in argv])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+@pytest.fixture(scope="module")
+def trained(mini, tmp_path_factory):
+    """A finished run on the small demo, and its log."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    train.main(["--data", str(mini), "--cache", str(out.parent / "cache"), "--out", str(out), *SHORT])
+    return out
+
+
+def test_the_log_holds_steps_and_epochs_and_what_the_routers_did(trained):
+    records = evaluate.read_log(trained)
+    steps, epochs = ([r for r in records if r["kind"] == kind] for kind in ("step", "epoch"))
+    assert [r["step"] for r in steps] == [3, 6] and [r["epoch"] for r in epochs] == [1, 2]
+    assert all(set(r["losses"]) == set(TASKS) and all(map(math.isfinite, r["losses"].values())) for r in steps)
+    gates = np.array(epochs[1]["gates"])
+    assert gates.shape == (4, 5, 4)
+    np.testing.assert_allclose(gates.sum(-1), 1, atol=1e-5)  # joint gates
+    np.testing.assert_allclose(epochs[1]["shared_mass"], gates[..., 0], atol=1e-6)
+    assert len(epochs[1]["information"]) == 4 and epochs[1]["norm"] > 0
+
+
+def test_a_finished_run_says_so_and_other_flags_are_named(trained, mini, capsys):
+    same = ["--data", str(mini), "--out", str(trained), *SHORT]
+    assert not train.main(same) and "is finished" in capsys.readouterr().out
+    for flag, value in (("rank", 3), ("seed", 5), ("gating", "fixed"), ("lr", 0.5), ("tasks", "sal")):
+        assert f"--{flag}" in fails(capsys, train.main, *same, f"--{flag}", value)
+
+
+def test_evaluating_draws_remembers_and_tells(trained, capsys):
+    evaluate.main([str(trained), "--device", "cpu"])
+    told = capsys.readouterr().out
+    assert "4/2/1/2" in told and "constant" in told
+    result = json.loads((trained / "metrics.json").read_text())
+    assert set(result["metrics"]) == set(TASKS) and result["images"] == 7
+    for name in ("predictions", "experts", "curves", "edges"):
+        assert drawn(trained / f"{name}.png")
+    (trained / "curves.png").unlink()
+    evaluate.main([str(trained), "--device", "cpu", "--baseline", str(trained)])  # remembered: nothing is drawn again
+    assert not (trained / "curves.png").exists()
+    assert json.loads((trained / "metrics.json").read_text())["delta_m"] == pytest.approx(0, abs=1e-9)
+    evaluate.main([str(trained), "--device", "cpu", "--no-nms"])
+    assert (trained / "curves.png").exists()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+def test_a_photo_of_any_kind_is_drawn(trained, tmp_path, mode):
+    photo = Image.fromarray(rng.integers(0, 255, (31, 53, 3), np.uint8)).convert(mode)
+    exif = Image.Exif()
+    exif[274] = 6  # taken with the camera on its side
+    photo.save(tmp_path / f"photo_{mode}.png", exif=exif)
+    evaluate.main([str(trained), str(tmp_path / f"photo_{mode}.png"), "--device", "cpu"])
+    assert drawn(trained / f"photo_{mode}.png")
+
+
+def test_a_killed_training_resumes_to_the_same_bits(mini, tmp_path):
+    def command(out, epochs=5):
+        return [sys.executable, str(ROOT / "train.py"), "--data", str(mini), "--cache", str(tmp_path / "cache"),
+                "--out", str(tmp_path / out), *SHORT, "--epochs", str(epochs)]
+
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    subprocess.run(command("whole"), check=True, env=environment, stdout=subprocess.DEVNULL)
+    for _ in range(2):  # killed twice, once as soon as there is a checkpoint and once some time later
+        process = subprocess.Popen(command("killed"), env=environment, stdout=subprocess.DEVNULL)
+        seen = (tmp_path / "killed/checkpoint.pt")
+        before = seen.stat().st_mtime_ns if seen.exists() else 0
+        while process.poll() is None and (seen.stat().st_mtime_ns if seen.exists() else 0) == before:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert evaluate.load_checkpoint(seen)["epoch"] < 5
+    subprocess.run(command("killed"), check=True, env=environment, stdout=subprocess.DEVNULL)
+    whole, killed = (evaluate.load_checkpoint(tmp_path / out / "checkpoint.pt")["model"] for out in ("whole", "killed"))
+    assert all((whole[name] == killed[name]).all() for name in whole)
+    steps = [r["step"] for r in evaluate.read_log(tmp_path / "killed") if r["kind"] == "step"]
+    assert steps == [3, 6, 9, 12, 15]
+
+
+def test_micro_batches_mean_the_same_as_one(mini, tmp_path, monkeypatch):
+    monkeypatch.setattr(ase.LoRAExperts, "training", False, raising=False)  # no noise: it is drawn per micro-batch
+    states = []
+    for out, extra in (("one", []), ("two", ["--micro-batch", "3"])):
+        monkeypatch.setattr(ase.LoRAExperts, "train", lambda self, mode=True: self)
+        train.main(["--data", str(mini), "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / out), *SHORT,
+                    "--mi", "0", *extra])
+        states.append(evaluate.load_checkpoint(tmp_path / out / "checkpoint.pt")["model"])
+        losses = [r["losses"] for r in evaluate.read_log(tmp_path / out) if r["kind"] == "step"]
+    for name in states[0]:
+        np.testing.assert_allclose(states[0][name], states[1][name], atol=1e-4, err_msg=name)
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_task(mini, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(evaluate.LOSSES, "edge_bce", lambda p, *_: p.sum() * math.nan)
+    error = fails(capsys, train.main, "--data", mini, "--cache", tmp_path / "c", "--out", tmp_path / "run", *SHORT)
+    assert "edge" in error and "step 3" in error and "checkpoint" in error
+
+
+@pytest.mark.parametrize("flags, told", [
+    (["--topk", "9"], "topk must be 1 to 3"), (["--shared", "4"], "shared must be at most 3"), (["--rank", "0"], "rank"),
+    (["--topk", "0"], "topk"), (["--tasks", "semseg,depth"], "depth"), (["--tasks", "sal,sal"], "twice"),
+    (["--gating", "soft"], "joint or fixed"), (["--backbone", "vit_huge"], "vit_base"), (["--lr", "nan"], "above 0"),
+    (["--lr", "-1"], "above 0"), (["--epochs", "0"], "1 or more"), (["--batch", "x"], "whole number"),
+    (["--batch", "99"], "13 training images"), (["--mi", "-1"], "from 0"), (["--size", "40"], "multiple of the patch"),
+    (["--weights", "no.pt"], "no weights file"), (["--device", "tpu9"], "device"), (["--what"], "--what"),
+    (["--data", "nowhere"], "nowhere"), (["--mean-std", "x"], "imagenet"),
+])
+def test_bad_flags_of_train(mini, tmp_path, capsys, flags, told):
+    argv = ["--data", mini, "--cache", tmp_path / "cache", "--out", tmp_path / "run", *SHORT, *flags]
+    assert told in fails(capsys, train.main, *argv)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_no_demo_asks_for_weights(broken, tmp_path, capsys):
+    (broken / "demo.json").unlink()
+    assert "--weights none" in fails(capsys, train.main, "--data", broken, "--out", tmp_path / "run")
+
+
+@pytest.mark.parametrize("breaking, told", [
+    (lambda root: (root / "ImageSets/Context/val.txt").unlink(), "val.txt"),
+    (lambda root: (root / "ImageSets/Context/train.txt").write_text(""), "empty"),
+    (lambda root: (root / "ImageSets/Context/train.txt").write_text("../x\n"), "../x"),
+    (lambda root: (root / "ImageSets/Context/train.txt").write_text("/etc/x\n"), "/etc/x"),
+    (lambda root: (root / "ImageSets/Context/train.txt").write_text("a\na\n"), "twice"),
+    (lambda root: (root / "human_parts/2008_000001.mat").unlink(), "2008_000001.mat"),
+    (lambda root: (root / "human_parts/2008_000001.mat").write_bytes(b"x"), "2008_000001.mat"),
+    (lambda root: (root / "JPEGImages/2008_000001.jpg").write_bytes(b"\xff\xd8x"), "2008_000001.jpg"),
+])
+def test_a_broken_data_set_is_named_by_train(broken, tmp_path, capsys, breaking, told):
+    breaking(broken)
+    argv = ["--data", broken, "--cache", tmp_path / "cache", "--out", tmp_path / "run", *SHORT]
+    assert told in fails(capsys, train.main, *argv)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_root_one_level_too_high_tells_the_right_one(mini, tmp_path, capsys):
+    assert f"did you mean {mini}?" in fails(capsys, train.main, "--data", mini.parent, "--out", tmp_path / "r", *SHORT)
+    (tmp_path / "file").write_text("x")
+    assert "is a file" in fails(capsys, train.main, "--data", tmp_path / "file", "--out", tmp_path / "r", *SHORT)
+    assert "is a file" in fails(capsys, train.main, "--data", mini, "--out", tmp_path / "file", *SHORT)
+
+
+def test_bad_input_of_evaluate(trained, tmp_path, capsys):
+    def run(name, config=None, checkpoint=None):
+        folder = tmp_path / name
+        folder.mkdir()
+        if config is not None:
+            (folder / "config.json").write_text(config)
+        if checkpoint is not None:
+            (folder / "checkpoint.pt").write_bytes(checkpoint)
+        return folder
+
+    config, whole = (trained / "config.json").read_text(), (trained / "checkpoint.pt").read_bytes()
+    assert "no run folder" in fails(capsys, evaluate.main, run("empty"))
+    assert "no run folder" in fails(capsys, evaluate.main, tmp_path / "nothing")
+    assert "broken" in fails(capsys, evaluate.main, run("half", config[:50]))
+    assert "no checkpoint" in fails(capsys, evaluate.main, run("early", config))
+    assert "cannot read" in fails(capsys, evaluate.main, run("cut", config, whole[:len(whole) // 2]))
+    assert "unknown baseline" in fails(capsys, evaluate.main, trained, "--baseline", "resnet99")
+    assert "no data folder" in fails(capsys, evaluate.main, trained, "--data", tmp_path / "none")
+    (tmp_path / "photo.jpg").write_text("no photo")
+    assert "cannot read the photo" in fails(capsys, evaluate.main, trained, tmp_path / "photo.jpg")
+    (tmp_path / "ids.txt").write_text("2010_999999")
+    assert "2010_999999" in fails(capsys, evaluate.main, trained, "--ids", tmp_path / "ids.txt")
+
+
+def test_a_photo_that_pillow_refuses_as_too_large(trained, tmp_path, capsys, monkeypatch):
+    Image.new("L", (64, 64)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert "cannot read the photo" in fails(capsys, evaluate.main, trained, tmp_path / "large.png")
+
+
+def test_the_check_passes_a_good_set_and_draws_it(mini, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert data.main([str(mini)]) == 0
+    assert "as expected" in capsys.readouterr().out
+    assert drawn(tmp_path / "contact_mini.png")
+    assert data.main([str(mini), "--quick"]) == 0
+
+
+@pytest.mark.parametrize("breaking, told", [
+    (lambda root: (root / "sal_distill/2010_000002.png").unlink(), "sal, missing: 2010_000002"),
+    (lambda root: (root / "JPEGImages/2010_000001.jpg").write_bytes(b""), "image, unreadable: 2010_000001"),
+    (lambda root: Image.new("L", (9, 9)).save(root / "semseg/VOC12/2010_000001.png"), "semseg, size: 2010_000001"),
+    (lambda root: scipy.io.savemat(root / "pascal-context/trainval/2010_000003.mat",
+                                   {"LabelMap": np.full((48, 32), 460)}), "labelmap, range: 2010_000003"),
+    (lambda root: (root / "ImageSets/Context/val.txt").write_text("2008_000001"), "in both"),
+])
+def test_the_check_names_what_stops_a_training(broken, tmp_path, capsys, monkeypatch, breaking, told):
+    monkeypatch.chdir(tmp_path)
+    breaking(broken)
+    assert data.main([str(broken)]) == 1
+    assert told in capsys.readouterr().out
+
+
+def test_the_check_sees_normals_upside_down(broken, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in (broken / "normals_distill").iterdir():
+        n = np.array(Image.open(path))
+        n[..., 1] = 255 - n[..., 1]
+        Image.fromarray(n).save(path)
+    data.main([str(broken)])
+    assert "UPSIDE DOWN" in capsys.readouterr().out
+
+
+def test_bad_input_of_data(tmp_path, capsys, mini):
+    assert "no data folder" in fails(capsys, data.main, tmp_path / "nowhere")
+    assert "exists" in fails(capsys, data.main, mini, "--make", 3, 3)
+    assert "--make" in fails(capsys, data.main, tmp_path / "new", "--make", 0, 3)
+    assert not (tmp_path / "new").exists()

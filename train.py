@@ -298,6 +298,7 @@ def prepare(settings, args, device):
     """Make the demo where it is asked for and missing, and its backbone."""
     root, weights = Path(settings["data"]), Path(settings["weights"])
     if args.data == "demo" and not root.exists():
+        print("data       rendering the demo world into demo/", flush=True)
         data.make_demo(root)
     if weights == demo_backbone(root) and not weights.is_file():
         pretrain(weights, settings["backbone"], device)
@@ -311,6 +312,7 @@ def pretrain(path, backbone, device):
     """Pretrain the demo's backbone on one task alone, which classes are in an image, on images of their own."""
     number, held_out, epochs, batch, peak = 4000, 400, 6, 32, 2e-3
     side = ase.BACKBONES[backbone]["image"]
+    print(f"backbone   pretraining {backbone} on {number} images of their own", flush=True)
     # seeds that no scene of the demo has
     scenes = list(data.parallel(data.scene_classes, [(10 ** 9 + i, side) for i in range(number + held_out)], "render"))
     images = torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image, _ in scenes])  # (n, 3, S, S)
