@@ -1,17 +1,20 @@
 """Adaptive Shared Experts (ASE): the whole model, from the gates to the heads.
 
-    python ase.py            what the model is made of: parameters by part, for every row of the paper's Table 1
+    python ase.py            what the model is made of: parameters by part, for every row of the paper's Table
+    1
 
-A vision transformer (ViT) pretrained on one task serves T dense-prediction tasks. Its weights stay frozen; beside them
-are trained: a LoRA of rank 4 on every linear layer, N LoRA experts of rank r in parallel with every FFN, one router per
-task and layer, an embedding per task, and a head per task. The paper's idea is in `gate`, its layer is `LoRAExperts`.
+A vision transformer (ViT) pretrained on one task serves T dense-prediction tasks. Its weights stay frozen;
+beside them are trained: a LoRA of rank 4 on every linear layer, N LoRA experts of rank r in parallel with
+every FFN, one router per task and layer, an embedding per task, and a head per task. The paper's idea is in
+`gate`, its layer is `LoRAExperts`.
 
-References: ASE: Yang et al. 2025, arXiv 2510.00570 (equation numbers are this paper's) · LoRA: Hu et al. 2021 · noisy
-top-k gating: Shazeer et al. 2017 · mutual information loss: Mod-Squad, Chen et al. 2023 · ViT: Dosovitskiy et al. 2021
-· heads: SETR-PUP, Zheng et al. 2021.
+References: ASE: Yang et al. 2025, arXiv 2510.00570 (equation numbers are this paper's) · LoRA: Hu et al. 2021
+· noisy top-k gating: Shazeer et al. 2017 · mutual information loss: Mod-Squad, Chen et al. 2023 · ViT:
+Dosovitskiy et al. 2021 · heads: SETR-PUP, Zheng et al. 2021.
 
-Shapes: T tasks · B images · L tokens (the class token and P patches) · D width · N experts, the first S of them shared
-· K sparse experts active for a token · R rank of an expert. Comments at the end of a line give the result's shape.
+Shapes: T tasks · B images · L tokens (the class token and P patches) · D width · N experts, the first S of
+them shared · K sparse experts active for a token · R rank of an expert. Comments at the end of a line give
+the result's shape.
 """
 
 import argparse
@@ -32,7 +35,7 @@ GATINGS = ("joint", "fixed")
 PAPER_TASKS = {"semseg": 21, "human_parts": 7, "sal": 1, "edge": 1, "normals": 3}  # task → channels
 
 BACKBONES = {
-    "vit_tiny": dict(image=112, patch=16, dim=128, depth=4, heads=4, head_dim=32),  # the demo's, for two cores
+    "vit_tiny": dict(image=112, patch=16, dim=128, depth=4, heads=4, head_dim=32),  # for two cores
     "vit_small": dict(image=224, patch=16, dim=384, depth=12, heads=6, head_dim=256),
     "vit_base": dict(image=224, patch=16, dim=768, depth=12, heads=12, head_dim=256),
 }
@@ -42,8 +45,8 @@ BACKBONES = {
 class Config:
     """All that decides the model's shape. The defaults are the paper's: ViT-base, (N/k/S/r) = (16/3/1/4).
 
-    `experts=0` is the plain multi-task ViT: no experts, no routers, no task embedding, one pass for all tasks.
-    `lora=0` trains the backbone in full. Raises ValueError, in one line, for what makes no sense.
+    `experts=0` is the plain multi-task ViT: no experts, no routers, no task embedding, one pass for all
+    tasks. `lora=0` trains the backbone in full. Raises ValueError, in one line, for what makes no sense.
     """
 
     image: int = 224        # side of the square input, pixels
@@ -75,7 +78,8 @@ class Config:
             raise ValueError(f"tasks is {self.tasks!r}: expected at least one task → channels")
         for task, channels in self.tasks.items():
             if not str(task).isidentifier() or type(channels) is not int or channels < 1:
-                raise ValueError(f"task {task!r} has {channels!r} channels: expected a plain name → 1 or more")
+                raise ValueError(f"task {task!r} has {channels!r} channels: expected a plain name → 1 or "
+                                 "more")
         if self.patch < 2 or self.patch & (self.patch - 1):
             raise ValueError(f"patch is {self.patch}: expected a power of two, such as 16")
         if self.image % self.patch:
@@ -91,45 +95,51 @@ class Config:
                 raise ValueError(f"{self.shared} shared experts of {self.experts} leave no sparse one: "
                                  f"shared must be at most {self.experts - 1}")
             if not 1 <= self.topk <= sparse:
-                raise ValueError(f"topk is {self.topk}, but {self.experts} experts less {self.shared} shared ones are "
+                raise ValueError(f"topk is {self.topk}, but {self.experts} experts less {self.shared} "
+                                 "shared ones are "
                                  f"{sparse} sparse ones: topk must be 1 to {sparse}")
             if self.rank < 1:
                 raise ValueError(f"rank is {self.rank}: an expert needs rank 1 or more")
 
 
-# ------------------------------------------------------------------------------------------- gates and experts
+# ------------------------------------------------------------------------------------------ gates and experts
 
 
 def gate(logits, shared, topk, gating):
     """Gates of all experts from the router's logits: the paper's contribution is the branch "joint".
 
-    logits (..., N), the first `shared` columns belong to the shared experts. Returns gates of the same shape, zero for
-    experts that are not selected; exactly `topk` sparse experts are, also when logits tie. Never below float32.
+    logits (..., N), the first `shared` columns belong to the shared experts. Returns gates of the same shape,
+    zero for experts that are not selected; exactly `topk` sparse experts are, also when logits tie. Never
+    below float32.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     sparse = logits[..., shared:]
     chosen = torch.zeros_like(sparse, dtype=torch.bool)
     chosen = chosen.scatter(-1, sparse.topk(topk, sorted=False).indices, True)
     if gating == "joint":
-        # Eq. 8–9: g_i = exp(z_i) / Σ,  gs_i = exp(zs_i) / Σ,  Σ over the k kept sparse and the S shared logits together
+        # Eq. 8–9: g_i = exp(z_i) / Σ,  gs_i = exp(zs_i) / Σ,  Σ over the k kept sparse and the S shared
+        # logits together
         active = F.pad(chosen, (shared, 0), value=True)
         return logits.masked_fill(~active, -math.inf).softmax(-1)
-    # Eq. 1–3: softmax over all sparse experts, then the top k, not normalised again;  Eq. 5: shared experts count 1
+    # Eq. 1–3: softmax over all sparse experts, then the top k, not normalised again;  Eq. 5: shared experts
+    # count 1
     return F.pad(sparse.softmax(-1) * chosen, (shared, 0), value=1.0)
 
 
 class LoRAExperts(nn.Module):
-    """N LoRA experts beside an FFN, shared by all tasks, and one router for each task: Σ_i g_i E_i(x) of Eq. 10.
+    """N LoRA experts beside an FFN, shared by all tasks, and one router for each task: Σ_i g_i E_i(x) of Eq.
+    10.
 
-    All experts are computed: side by side they are one matrix of N·R rows, which costs about 2% of the FFN in the
-    paper's settings (N·R = 64); an expert that was not selected has gate 0. No loop, no scatter, no dropped token.
+    All experts are computed: side by side they are one matrix of N·R rows, which costs about 2% of the FFN in
+    the paper's settings (N·R = 64); an expert that was not selected has gate 0. No loop, no scatter, no
+    dropped token.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         tasks, experts, rank, dim = len(config.tasks), config.experts, config.rank, config.dim
-        self.router = nn.Parameter(torch.empty(tasks, dim, experts))  # W_s and W_g of Eq. 6–7 side by side, transposed
+        self.router = nn.Parameter(torch.empty(tasks, dim, experts))  # W_s, W_g of Eq. 6–7, transposed
         self.noise = nn.Parameter(torch.empty(tasks, dim, experts))
         self.down = nn.Parameter(torch.empty(experts, rank, dim))     # A_i
         self.up = nn.Parameter(torch.empty(experts, rank, dim))       # B_i, transposed
@@ -139,17 +149,20 @@ class LoRAExperts(nn.Module):
         nn.init.zeros_(self.up)
 
     def logits(self, x):
-        """Router logits, never below float32, with learned noise in training only. x (T, B, L, D) → (T, B·L, N)."""
+        """Router logits, never below float32, with learned noise in training only. x (T, B, L, D) → (T, B·L,
+        N)."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(1, 2)          # (T, B·L, D)
             z = torch.bmm(x, self.router.to(x.dtype))                                    # (T, B·L, N)
             if self.training:
-                # Shazeer et al. 2017, Eq. 4: z + ε · softplus(W_noise x), with the floor of 0.01 of their code
+                # Shazeer et al. 2017, Eq. 4: z + ε · softplus(W_noise x), with the floor of 0.01 of their
+                # code
                 z = z + torch.randn_like(z) * (F.softplus(torch.bmm(x, self.noise.to(x.dtype))) + 0.01)
         return z
 
     def forward(self, x):
-        """x (T, B, L, D) → update (T, B, L, D), probs (T, N−S), gates (T, N); the last two as in `Routing`."""
+        """x (T, B, L, D) → update (T, B, L, D), probs (T, N−S), gates (T, N); the last two as in
+        `Routing`."""
         c = self.config
         z = self.logits(x)                                                               # (T, B·L, N)
         gates = gate(z, c.shared, c.topk, c.gating)                                      # (T, B·L, N)
@@ -160,7 +173,8 @@ class LoRAExperts(nn.Module):
         return update.view_as(x), probs, gates.mean(1)
 
     def reference(self, x):
-        """The update of `forward`, without noise, as the paper prints it: a loop over tasks, tokens and experts."""
+        """The update of `forward`, without noise, as the paper prints it: a loop over tasks, tokens and
+        experts."""
         c = self.config
         update = []
         for t, tokens in enumerate(x.flatten(1, 2)):
@@ -182,8 +196,8 @@ class LoRAExperts(nn.Module):
 class Routing(NamedTuple):
     """What the routers did, averaged over images and tokens. Without experts both have N = 0."""
 
-    probs: torch.Tensor  # (blocks, T, N−S) softmax of the sparse logits before top-k: what `mutual_information` takes
-    gates: torch.Tensor  # (blocks, T, N)   gates after top-k, shared experts first: what the paper's Fig. 4 shows
+    probs: torch.Tensor  # (blocks, T, N−S) softmax of sparse logits before top-k, for `mutual_information`
+    gates: torch.Tensor  # (blocks, T, N)   gates after top-k, shared experts first: the paper's Fig. 4
 
 
 def mutual_information(probs):
@@ -195,7 +209,7 @@ def mutual_information(probs):
     return (torch.xlogy(probs, probs) - torch.xlogy(probs, marginal)).sum(-1).mean(-1)   # (L,)
 
 
-# ------------------------------------------------------------------------------------ the vision transformer
+# ------------------------------------------------------------------------------------- the vision transformer
 
 
 class LoRALinear(nn.Linear):
@@ -224,8 +238,8 @@ class Attention(nn.Module):
 
     def forward(self, x):
         """x (T, B, L, D) → (T, B, L, D)."""
-        qkv = self.qkv(x).flatten(0, 1).unflatten(-1, (3, self.heads, -1))               # (T·B, L, 3, heads, D/heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                             # (T·B, heads, L, D/heads)
+        qkv = self.qkv(x).flatten(0, 1).unflatten(-1, (3, self.heads, -1))  # (T·B, L, 3, heads, D/heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (T·B, heads, L, D/heads)
         y = F.scaled_dot_product_attention(q, k, v)
         return self.proj(y.transpose(1, 2).reshape(x.shape))
 
@@ -263,7 +277,8 @@ class Block(nn.Module):
 class Head(nn.Module):
     """SETR-PUP: 3×3 convolutions with ×2 upsampling between them, from patch tokens to a full-size map.
 
-    The norm is GroupNorm where M3ViT has BatchNorm: as many parameters, but independent of how a batch is split.
+    The norm is GroupNorm where M3ViT has BatchNorm: as many parameters, but independent of how a batch is
+    split.
     """
 
     def __init__(self, config, channels):
@@ -274,8 +289,8 @@ class Head(nn.Module):
         groups = math.gcd(width, min(32, max(1, width // 8)))
         layers = []
         for stage in range(stages):
-            layers += [nn.Conv2d(width if stage else config.dim, width, 3, padding=1), nn.GroupNorm(groups, width)]
-            layers += [nn.ReLU()]
+            layers += [nn.Conv2d(width if stage else config.dim, width, 3, padding=1)]
+            layers += [nn.GroupNorm(groups, width), nn.ReLU()]
             if stage < stages - 1:
                 layers += [nn.Upsample(scale_factor=2, mode="bilinear")]
         layers += [nn.Conv2d(width, channels, 1), nn.Upsample(scale_factor=2, mode="bilinear")]
@@ -288,12 +303,13 @@ class Head(nn.Module):
 
 
 class ASE(nn.Module):
-    """A ViT with LoRA experts, routers and heads for the tasks of `config`. Parameter names of the ViT are timm's."""
+    """A ViT with LoRA experts, routers and heads for the tasks of `config`. Parameter names of the ViT are
+    timm's."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.checkpointing = False  # True: recompute each block in the backward pass instead of keeping it in memory
+        self.checkpointing = False  # True: recompute each block in the backward pass, for memory
         patches = (config.image // config.patch) ** 2
         conv = nn.Conv2d(3, config.dim, config.patch, config.patch)
         self.patch_embed = nn.Sequential(OrderedDict(proj=conv))
@@ -326,14 +342,15 @@ class ASE(nn.Module):
         return self.norm(x), Routing(probs, gates)                                       # (blocks, T, ·)
 
     def forward(self, images):
-        """images (B, 3, H, W) → predictions {task: (B, C, H, W)}, raw (logits, unnormalised normals), and `Routing`."""
+        """images (B, 3, H, W) → predictions {task: (B, C, H, W)}, raw (logits, unnormalised normals), and
+        `Routing`."""
         tokens, routing = self.features(images)
         tokens = tokens.expand(len(self.heads), -1, -1, -1)                              # (T, B, L, D)
         return {task: head(x) for (task, head), x in zip(self.heads.items(), tokens)}, routing
 
 
 PARTS = {"heads.": "heads", "lora_": "LoRA", "experts.router": "routers", "experts.noise": "routers",
-         "experts.": "experts", "task_embedding": "embeddings", "": "backbone"}  # the first that is in the name
+         "experts.": "experts", "task_embedding": "embeddings", "": "backbone"}  # the first in the name
 
 
 def part(name):
@@ -350,7 +367,7 @@ def count(model):
     return counts
 
 
-# --------------------------------------------------------------------------------------- pretrained weights
+# ----------------------------------------------------------------------------------------- pretrained weights
 
 # transformers' names of a ViT → timm's, in this order; its query, key and value are one matrix in timm
 TRANSFORMERS = (("embeddings.cls_token", "cls_token"), ("embeddings.position_embeddings", "pos_embed"),
@@ -361,7 +378,8 @@ TRANSFORMERS = (("embeddings.cls_token", "cls_token"), ("embeddings.position_emb
 
 
 def read_safetensors(path):
-    """{name: tensor} of a .safetensors file: eight bytes of header length, a JSON header, raw little-endian numbers."""
+    """{name: tensor} of a .safetensors file: eight bytes of header length, a JSON header, raw little-endian
+    numbers."""
     types = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -376,7 +394,8 @@ def read_safetensors(path):
             continue
         (start, end), shape, dtype = entry["data_offsets"], entry["shape"], types[entry["dtype"]]
         if not 0 <= start <= end <= len(body) or end - start != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"the bytes {start} to {end} of {name} are not its {shape} {entry['dtype']} numbers")
+            raise ValueError(f"the bytes {start} to {end} of {name} are not its {shape} {entry['dtype']} "
+                             "numbers")
         tensors[name] = body[start:end].clone().view(dtype).view(shape)
     return tensors
 
@@ -384,14 +403,18 @@ def read_safetensors(path):
 def read_backbone(path):
     """The state dict of a pretrained ViT with timm's names. Raises ValueError for anything that isn't one."""
     path = Path(path)
-    accepted = "expected a ViT's state dict with timm's or transformers' names, as .safetensors or from torch.save"
+    accepted = ("expected a ViT's state dict with timm's or transformers' names, as .safetensors or from "
+                "torch.save")
     if not path.is_file():
         raise ValueError(f"no weights file {path}: {accepted}")
     try:
         with open(path, "rb") as file:
             start = file.read(9)
         is_safetensors = start[8:] == b"{"
-        state = read_safetensors(path) if is_safetensors else torch.load(path, map_location="cpu", weights_only=True)
+        if is_safetensors:
+            state = read_safetensors(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a file that is no state dict makes torch.load raise nearly anything
         reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
         raise ValueError(f"cannot read weights from {path} ({reason}): {accepted}") from None
@@ -410,7 +433,8 @@ def read_backbone(path):
         state = {name.replace(theirs, timm): x for name, x in state.items()}
     if any(name not in state or state[name].dim() != dims
            for name, dims in (("cls_token", 3), ("pos_embed", 3), ("patch_embed.proj.weight", 4))):
-        raise ValueError(f"{path} holds no ViT (its first names: {', '.join(list(state)[:3]) or 'none'}): {accepted}")
+        raise ValueError(f"{path} holds no ViT (its first names: {', '.join(list(state)[:3]) or 'none'}): "
+                         f"{accepted}")
     return state
 
 
@@ -429,41 +453,49 @@ def backbone_for(path):
 def load_backbone(model, path):
     """Copy pretrained weights into the frozen part of `model`; return one line that tells what was done.
 
-    `path`: a state dict from torch.save, bare or under "model" or "state_dict", or a .safetensors file; names of timm
-    (DeiT, MAE and DINO have them too) or of transformers. Position embeddings of another grid are resized. Raises
-    ValueError where a weight is missing or does not fit.
+    `path`: a state dict from torch.save, bare or under "model" or "state_dict", or a .safetensors file; names
+    of timm (DeiT, MAE and DINO have them too) or of transformers. Position embeddings of another grid are
+    resized. Raises ValueError where a weight is missing or does not fit.
     """
     state = read_backbone(path)
     own = {name: p for name, p in model.state_dict().items() if part(name) == "backbone"}
     found, wanted = shape_of(state), shape_of(own)
     if found != wanted:
         fits = [name for name, b in BACKBONES.items() if (b["dim"], b["depth"], b["patch"]) == found]
-        raise ValueError("{} holds a ViT of width {}, {} blocks, patch {}; the model has width {}, {} blocks, "
-                         "patch {}".format(path, *found, *wanted) + (f": use --backbone {fits[0]}" if fits else ""))
+        raise ValueError("{} holds a ViT of width {}, {} blocks, patch {}; the model has width {}, {} "
+                         "blocks, "
+                         "patch {}".format(path, *found, *wanted) + (": use --backbone "
+                                                                     f"{fits[0]}" if fits else ""))
     missing = [name for name in own if name not in state]
     if missing:
-        raise ValueError(f"{path} lacks {len(missing)} weights of the ViT, {missing[0]} first: not a whole ViT")
+        raise ValueError(f"{path} lacks {len(missing)} weights of the ViT, {missing[0]} first: not a whole "
+                         "ViT")
     told = f"{len(own)} tensors loaded from {path}"
     if state["pos_embed"].shape != own["pos_embed"].shape:
         old, new = (math.isqrt(max(0, p.shape[1] - 1)) for p in (state["pos_embed"], own["pos_embed"]))
         if not old or state["pos_embed"].shape[1] != 1 + old * old:
-            raise ValueError(f"{path} has {state['pos_embed'].shape[1]} position embeddings: expected 1 + a square")
+            raise ValueError(f"{path} has {state['pos_embed'].shape[1]} position embeddings: expected 1 + "
+                             "a square")
         token, grid = state["pos_embed"].float().split([1, old * old], dim=1)
-        grid = F.interpolate(grid.mT.unflatten(-1, (old, old)), size=(new, new), mode="bicubic", antialias=True)
+        grid = grid.mT.unflatten(-1, (old, old))
+        grid = F.interpolate(grid, size=(new, new), mode="bicubic", antialias=True)
         state["pos_embed"] = torch.cat([token, grid.flatten(2).mT], dim=1)
         told += f", position embeddings resized from {old}×{old} to {new}×{new}"
     for name, p in own.items():
         if state[name].shape != p.shape:
             raise ValueError(f"{name} in {path} is {tuple(state[name].shape)}: expected {tuple(p.shape)}")
         if not state[name].isfinite().all():
-            raise ValueError(f"{name} in {path} holds numbers that are not finite: take another copy of the file")
+            raise ValueError(f"{name} in {path} holds numbers that are not finite: take another copy of "
+                             "the file")
     for name, p in own.items():
         p.copy_(state[name])
     left = [name for name in state if name not in own]
-    return told + (f", {len(left)} left out as no part of the backbone ({', '.join(left[:3])})" if left else "")
+    if left:
+        told += f", {len(left)} left out as no part of the backbone ({', '.join(left[:3])})"
+    return told
 
 
-# --------------------------------------------------------------------------------------------- python ase.py
+# ---------------------------------------------------------------------------------------------- python ase.py
 
 TABLE1 = {
     "MTL-ViT": dict(experts=0),
@@ -473,12 +505,13 @@ TABLE1 = {
     "ASE (32/6/2/2)": dict(experts=32, topk=6, shared=2, rank=2),
     "ASE (64/12/4/1)": dict(experts=64, topk=12, shared=4, rank=1),
 }
-PAPER_PARAMETERS = {"MTL-ViT": 104, "LoRA-MoE (16/4/0/4)": 107, "LoRA-MoE (32/8/0/2)": 108, "ASE (16/3/1/4)": 107,
-                    "ASE (32/6/2/2)": 108}
+PAPER_PARAMETERS = {"MTL-ViT": 104, "LoRA-MoE (16/4/0/4)": 107, "LoRA-MoE (32/8/0/2)": 108,
+                    "ASE (16/3/1/4)": 107, "ASE (32/6/2/2)": 108}
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = lambda message: parser.exit(2, f"error: {message}: `python ase.py --help` tells what is\n")
     parser.parse_args(argv)
     names = list(dict.fromkeys(["backbone", *PARTS.values()]))

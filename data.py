@@ -1,15 +1,17 @@
-"""What the five tasks are, PASCAL-Context on disk, batches on the device, and a demo world in the same layout.
+"""What the five tasks are, PASCAL-Context on disk, batches on the device, and a demo world in the same
+layout.
 
-    python data.py DIR               check a data set, say what is missing, draw 8 of its images: ./contact_NAME.png
-    python data.py demo              the same for the demo, which is rendered first if it isn't there
-    python data.py DIR --make N M    render a demo of N training and M validation images into DIR
+    python data.py DIR               check a data set, say what is missing, draw 8 of its images:
+    ./contact_NAME.png python data.py demo              the same for the demo, which is rendered first if it
+    isn't there python data.py DIR --make N M    render a demo of N training and M validation images into DIR
 
-Every image of a data set is a stack of 11 planes of bytes at the image's own size (`MAPS`): what the files hold, what
-the cache keeps, and what goes to the device. There one affine grid warps all planes at once and `targets` derives the
-tasks from them: edges and the validity of normals come from the warped LabelMap, never from a resized map of edges.
+Every image of a data set is a stack of 11 planes of bytes at the image's own size (`MAPS`): what the files
+hold, what the cache keeps, and what goes to the device. There one affine grid warps all planes at once and
+`targets` derives the tasks from them: edges and the validity of normals come from the warped LabelMap, never
+from a resized map of edges.
 
-Layout and class lists: PASCAL-Context (Mottaghi et al. 2014) with the parts of Chen et al. 2014 and the saliency and
-normals distilled by Maninis et al. 2019 (ASTMT), as multi-task papers use it since.
+Layout and class lists: PASCAL-Context (Mottaghi et al. 2014) with the parts of Chen et al. 2014 and the
+saliency and normals distilled by Maninis et al. 2019 (ASTMT), as multi-task papers use it since.
 
 Shapes: B images · S side of the network's input · H, W an image's own height and width.
 """
@@ -50,9 +52,9 @@ class Task(NamedTuple):
     classes: tuple = ()
 
 
-VOC_CLASSES = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
-               "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
-               "tvmonitor")
+VOC_CLASSES = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
+               "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
+               "train", "tvmonitor")
 PART_CLASSES = ("background", "head", "torso", "upper arm", "lower arm", "upper leg", "lower leg")
 
 TASKS = {
@@ -64,7 +66,7 @@ TASKS = {
 }
 
 
-DEMO = {"train": 1000, "val": 200, "size": 160}  # the demo that is made unasked: images, and their longest side
+DEMO = {"train": 1000, "val": 200, "size": 160}  # the demo made unasked: images, and their longest side
 
 # ------------------------------------------------------------------------------------ how the commands behave
 
@@ -93,17 +95,22 @@ def command(parser, job, argv=None):
         return job(args)
     except UserError as error:
         parser.error(" ".join(str(error).split()))
+    except OSError as error:  # a full disk, a folder that cannot be written
+        parser.error(f"{error.filename or 'a file'}: {error.strerror or error}; mend that or name another "
+                     "path")
 
 
 def progress(items, total, what):
-    """Pass `items` on, showing on a terminal how many of `total` have come and how long the rest will take."""
+    """Pass `items` on, showing on a terminal how many of `total` have come and how long the rest will
+    take."""
     start = time.time()
     for n, item in enumerate(items, 1):
         yield item
         if sys.stderr.isatty():
             left = duration((time.time() - start) / n * (total - n))
-            print(f"\r{what:12}{n:6}/{total} {'█' * (24 * n // total):24} {left} left", end="\n" * (n == total),
-                  file=sys.stderr, flush=True)
+            bar = "█" * (24 * n // total)
+            end = "\n" if n == total else ""
+            print(f"\r{what:12}{n:6}/{total} {bar:24} {left} left", end=end, file=sys.stderr, flush=True)
 
 
 def _start_worker():
@@ -112,7 +119,8 @@ def _start_worker():
 
 
 def workers():
-    """A pool of processes, one for each core. They are spawned: a fork would inherit torch's threads half alive."""
+    """A pool of processes, one for each core. They are spawned: a fork would inherit torch's threads half
+    alive."""
     for library in ("OMP", "OPENBLAS", "MKL"):
         os.environ.setdefault(f"{library}_NUM_THREADS", "1")  # read by those who start now
     return concurrent.futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"),
@@ -120,7 +128,8 @@ def workers():
 
 
 def ahead(function, items, pool, depth=8):
-    """`function` of every item, in order, worked out by `pool` at most `depth` items ahead of what is asked for."""
+    """`function` of every item, in order, worked out by `pool` at most `depth` items ahead of what is asked
+    for."""
     futures = collections.deque()
     try:
         for item in items:
@@ -144,7 +153,8 @@ def parallel(function, items, what):
 
 
 def write_atomically(path, write):
-    """`write(file)` into a temporary file, put on the disk and renamed: `path` is whole or as it was, at any moment."""
+    """`write(file)` into a temporary file, put on the disk and renamed: `path` is whole or as it was, at any
+    moment."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -170,20 +180,21 @@ def duration(seconds):
 
 # context classes whose surface normals are valid
 VALID_NORMALS = (
-    3, 4, 6, 9, 10, 11, 13, 15, 17, 18, 22, 23, 29, 30, 33, 34, 36, 37, 38, 39, 41, 43, 46, 49, 50, 51, 53, 55, 56, 59,
-    61, 62, 65, 66, 68, 69, 72, 73, 78, 83, 84, 85, 87, 88, 95, 96, 101, 104, 105, 107, 111, 113, 115, 122, 124, 135,
-    141, 142, 143, 146, 150, 154, 157, 158, 159, 165, 172, 174, 181, 183, 184, 191, 193, 195, 197, 199, 202, 213, 215,
-    216, 219, 220, 223, 225, 228, 230, 232, 233, 238, 239, 242, 243, 246, 250, 251, 252, 255, 260, 261, 263, 269, 272,
-    273, 275, 281, 283, 284, 285, 286, 287, 288, 290, 291, 292, 293, 295, 304, 307, 309, 310, 314, 315, 319, 323, 329,
-    330, 331, 336, 342, 345, 349, 350, 351, 352, 355, 357, 368, 370, 371, 374, 379, 380, 383, 384, 397, 401, 403, 405,
-    407, 408, 411, 412, 413, 414, 417, 419, 421, 423, 427, 429, 430, 432, 440, 441, 442, 443, 444, 446, 454, 457)
+    3, 4, 6, 9, 10, 11, 13, 15, 17, 18, 22, 23, 29, 30, 33, 34, 36, 37, 38, 39, 41, 43, 46, 49, 50, 51, 53,
+    55, 56, 59, 61, 62, 65, 66, 68, 69, 72, 73, 78, 83, 84, 85, 87, 88, 95, 96, 101, 104, 105, 107, 111, 113,
+    115, 122, 124, 135, 141, 142, 143, 146, 150, 154, 157, 158, 159, 165, 172, 174, 181, 183, 184, 191, 193,
+    195, 197, 199, 202, 213, 215, 216, 219, 220, 223, 225, 228, 230, 232, 233, 238, 239, 242, 243, 246, 250,
+    251, 252, 255, 260, 261, 263, 269, 272, 273, 275, 281, 283, 284, 285, 286, 287, 288, 290, 291, 292, 293,
+    295, 304, 307, 309, 310, 314, 315, 319, 323, 329, 330, 331, 336, 342, 345, 349, 350, 351, 352, 355, 357,
+    368, 370, 371, 374, 379, 380, 383, 384, 397, 401, 403, 405, 407, 408, 411, 412, 413, 414, 417, 419, 421,
+    423, 427, 429, 430, 432, 440, 441, 442, 443, 444, 446, 454, 457)
 CONTEXT_CLASSES = 459
 FLOOR = 158
 PERSON = VOC_CLASSES.index("person")
 
 PART_OF = {name: index for index, names in enumerate((
-    "hair head lear rear lebrow rebrow leye reye mouth nose", "neck torso", "luarm ruarm", "llarm rlarm lhand rhand",
-    "luleg ruleg", "llleg rlleg lfoot rfoot"), 1) for name in names.split()}
+    "hair head lear rear lebrow rebrow leye reye mouth nose", "neck torso", "luarm ruarm",
+    "llarm rlarm lhand rhand", "luleg ruleg", "llleg rlleg lfoot rfoot"), 1) for name in names.split()}
 
 
 def decode_image(path, size):
@@ -209,7 +220,8 @@ def decode_saliency(path, size):
 def decode_semseg(path, size):
     with Image.open(path) as image:
         classes = np.asarray(image)                    # the palette's indices, not its colours
-    _expect((classes < len(VOC_CLASSES)) | (classes == IGNORE), classes, f"0 to {len(VOC_CLASSES) - 1}, or {IGNORE}")
+    _expect((classes < len(VOC_CLASSES)) | (classes == IGNORE), classes, f"0 to {len(VOC_CLASSES) - 1}, or "
+                                                                         f"{IGNORE}")
     return classes[None]                                                                 # (1, H, W)
 
 
@@ -262,11 +274,13 @@ def find(root, name, id):
     for path in paths:
         if path.is_file():
             return path
-    raise Fault("missing", f"{' and '.join(map(str, paths))} missing: `python data.py {root}` lists all that is")
+    raise Fault("missing", f"{' and '.join(map(str, paths))} missing: `python data.py {root}` lists all "
+                           "that is")
 
 
 def read_map(root, name, id, size):
-    """The map `name` of image `id` from its file, (planes, H, W) bytes. size (W, H) is the image's, for its image None.
+    """The map `name` of image `id` from its file, (planes, H, W) bytes. size (W, H) is the image's, for its
+    image None.
 
     Raises Fault, which names the file, where it is missing, cannot be read, or has the wrong size or values.
     """
@@ -279,12 +293,14 @@ def read_map(root, name, id, size):
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
         raise Fault("unreadable", f"cannot read {path} ({reason}): replace the file by a good copy") from None
     if size and planes.shape[1:] != size[::-1]:
-        raise Fault("size", f"{path} is {planes.shape[2]}×{planes.shape[1]}: expected its image's {size[0]}×{size[1]}")
+        raise Fault("size", f"{path} is {planes.shape[2]}×{planes.shape[1]}: expected its image's "
+                            f"{size[0]}×{size[1]}")
     return planes
 
 
 def read_planes(root, id, image=None):
-    """All maps of image `id` from their files, or `image` (3, H, W) itself where given: (PLANES, H, W) bytes."""
+    """All maps of image `id` from their files, or `image` (3, H, W) itself where given: (PLANES, H, W)
+    bytes."""
     if image is None:
         image = read_map(root, "image", id, None)
     size = image.shape[:0:-1]
@@ -298,11 +314,13 @@ def pick(planes, name):
 
 
 def boundaries(labels):
-    """Where a map of labels changes: its 4-neighbour Laplacian, mirrored at the border, is not zero. (B, H, W) → bool.
+    """Where a map of labels changes: its 4-neighbour Laplacian, mirrored at the border, is not zero. (B, H,
+    W) → bool.
 
-    Lines are one or two pixels wide: `thin` makes them one. Where neighbours' differences cancel there is none.
+    Lines are one or two pixels wide: `thin` makes them one. Where neighbours' differences cancel there is
+    none.
     """
-    x = F.pad(labels[:, None].float(), (1, 1, 1, 1), mode="reflect")[:, 0]               # exact: ids are small
+    x = F.pad(labels[:, None].float(), (1, 1, 1, 1), mode="reflect")[:, 0]  # exact: ids are small
     return 4 * x[:, 1:-1, 1:-1] != x[:, :-2, 1:-1] + x[:, 2:, 1:-1] + x[:, 1:-1, :-2] + x[:, 1:-1, 2:]
 
 
@@ -354,8 +372,9 @@ def thin(x, passes=None):
 def targets(planes, inside=None, passes=None):
     """The ground truth of all tasks from the planes of the maps, at their size, on their device.
 
-    planes (B, PLANES, H, W) uint8 · inside (B, H, W) bool: where there is ground truth at all · passes: see `thin`.
-    Returns {task: int64 (B, H, W), where IGNORE marks no ground truth; normals: float (B, 3, H, W), there zero}.
+    planes (B, PLANES, H, W) uint8 · inside (B, H, W) bool: where there is ground truth at all · passes: see
+    `thin`. Returns {task: int64 (B, H, W), where IGNORE marks no ground truth; normals: float (B, 3, H, W),
+    there zero}.
     """
     low, high = pick(planes, "labelmap").short().unbind(1)
     labels = low + 256 * high                                                            # (B, H, W) int16
@@ -374,7 +393,7 @@ def targets(planes, inside=None, passes=None):
     return {task: maps[task] for task in TASKS}
 
 
-# ---------------------------------------------------------------------------------------- a split, and batches
+# --------------------------------------------------------------------------------------- a split, and batches
 
 
 class Batch(NamedTuple):
@@ -395,7 +414,8 @@ def locate(root):
     """The folder that holds the data set. Raises UserError, which tells a better path where there is one."""
     root = Path(root)
     if not root.exists():
-        raise UserError(f"no data folder {root}: expected a folder in PASCAL-Context's layout, or the word demo")
+        raise UserError(f"no data folder {root}: expected a folder in PASCAL-Context's layout, or the word "
+                        "demo")
     if not root.is_dir():
         raise UserError(f"{root} is a file: expected a folder in PASCAL-Context's layout")
     if not (root / "ImageSets/Context").is_dir():
@@ -411,7 +431,8 @@ def read_ids(root, split):
     try:
         ids = path.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} ({type(error).__name__}): expected one image id a line") from None
+        raise UserError(f"cannot read {path} ({type(error).__name__}): expected one image id a "
+                        "line") from None
     for id in ids:
         if not re.fullmatch(r"\w[\w.-]*", id):
             raise UserError(f"{path} holds the id {id!r}: expected letters, digits, _ . - and no path")
@@ -426,8 +447,9 @@ def read_ids(root, split):
 class PascalContext:
     """One split of a data set in PASCAL-Context's layout.
 
-    `dataset[i]` is (image (3, H, W) uint8, {task: truth}) at native size, as the metrics want it; `dataset.batches`
-    is what the network sees, S×S with S = `size`. `cache`: the folder that `build_cache` filled, or None.
+    `dataset[i]` is (image (3, H, W) uint8, {task: truth}) at native size, as the metrics want it;
+    `dataset.batches` is what the network sees, S×S with S = `size`. `cache`: the folder that `build_cache`
+    filled, or None.
     """
 
     def __init__(self, root, split, size, cache=None):
@@ -450,7 +472,8 @@ class PascalContext:
         return np.load(self.cache / f"{self.ids[i]}.npy")
 
     def canvas(self, indices):
-        """Images of any sizes in one tensor, (B, PLANES, H, W) bytes, and their own heights and widths, (B, 2)."""
+        """Images of any sizes in one tensor, (B, PLANES, H, W) bytes, and their own heights and widths, (B,
+        2)."""
         images = [torch.from_numpy(self.planes(i)) for i in indices]
         sizes = torch.tensor([image.shape[1:] for image in images])
         canvas = torch.zeros(len(images), PLANES, *sizes.amax(0).tolist(), dtype=torch.uint8)
@@ -459,7 +482,8 @@ class PascalContext:
         return canvas, sizes
 
     def batches(self, plan, device, mean_std, warps=None, threads=2):
-        """A `Batch` for each list of indices in `plan`. warps: (images of the split, 2, 2), see `warp`, or None."""
+        """A `Batch` for each list of indices in `plan`. warps: (images of the split, 2, 2), see `warp`, or
+        None."""
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
             for indices, (canvas, sizes) in zip(plan, ahead(self.canvas, plan, pool)):
                 matrices = None if warps is None else warps[indices].to(device)
@@ -467,7 +491,8 @@ class PascalContext:
 
 
 def random_warps(number, generator):
-    """Augmentation as 2×2 matrices: flip (p = 0.5), rotation U(−20°, 20°), scale U(0.75, 1.25). → (number, 2, 2)."""
+    """Augmentation as 2×2 matrices: flip (p = 0.5), rotation U(−20°, 20°), scale U(0.75, 1.25). → (number, 2,
+    2)."""
     flip, angle, scale = torch.rand(3, number, generator=generator)
     angle = math.radians(20) * (2 * angle - 1)
     cos, sin = angle.cos(), angle.sin()
@@ -479,26 +504,30 @@ def random_warps(number, generator):
 def warp(canvas, sizes, side, mean_std, matrices=None):
     """The network's input and its targets: one affine grid about the centre of each image for all maps.
 
-    canvas (B, PLANES, H, W) and sizes (B, 2) of `PascalContext.canvas` · matrices (B, 2, 2): they take an offset (x, y)
-    from the centre, in pixels, from the warped image back into the source; None is the identity. → `Batch`.
+    canvas (B, PLANES, H, W) and sizes (B, 2) of `PascalContext.canvas` · matrices (B, 2, 2): they take an
+    offset (x, y) from the centre, in pixels, from the warped image back into the source; None is the
+    identity. → `Batch`.
     """
     if matrices is None:
         matrices = torch.eye(2, device=canvas.device).expand(len(canvas), 2, 2)
-    size = sizes.flip(1)[:, None, None].float()                                          # (B, 1, 1, 2) width, height
+    size = sizes.flip(1)[:, None, None].float()  # (B, 1, 1, 2) width, height
     steps = (torch.arange(side, device=canvas.device) + 0.5) / side - 0.5
     grid = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), -1)                  # (S, S, 2) x, y
-    source = grid * size @ matrices.mT[:, None] + size / 2                               # (B, S, S, 2) in pixels
+    source = grid * size @ matrices.mT[:, None] + size / 2  # (B, S, S, 2) in pixels
     inside = ((source >= 0) & (source < size)).all(-1)                                   # (B, S, S)
-    # nearest for what must not be mixed; beyond the border its last pixel goes on, so that no edge arises there
+    # nearest for what must not be mixed; beyond the border its last pixel goes on, so that no edge arises
+    # there
     x, y = source.floor().clamp(min=0).minimum(size - 1).long().unbind(-1)
     nearest = (y * canvas.shape[3] + x).flatten(1)[:, None]                              # (B, 1, S·S)
     planes = canvas.flatten(2).gather(2, nearest.expand(-1, PLANES, -1)).unflatten(2, (side, side))
-    truth = targets(planes, inside, passes=2)  # two passes thin a boundary two pixels wide, and no device need wait
+    # two passes thin a boundary two pixels wide, and no device need wait
+    truth = targets(planes, inside, passes=2)
     # a normal turns with its image: by the transposed matrix, without its scale
     turn = matrices / matrices.det().abs().sqrt()[:, None, None]
     truth["normals"][:, :2] = torch.einsum("bji,bjyx->biyx", turn, truth["normals"][:, :2])
-    place = source.clamp(min=0.5).minimum(size - 0.5) / torch.tensor(canvas.shape[:1:-1], device=canvas.device)
-    images = F.grid_sample(pick(canvas, "image").float(), 2 * place - 1, align_corners=False)
+    whole = torch.tensor(canvas.shape[:1:-1], device=canvas.device)
+    place = 2 * source.clamp(min=0.5).minimum(size - 0.5) / whole - 1
+    images = F.grid_sample(pick(canvas, "image").float(), place, align_corners=False)
     return Batch(normalise(images, mean_std), truth)
 
 
@@ -516,8 +545,8 @@ def _cache_image(job):
 def build_cache(root, ids, cache=None):
     """Parse the files of these images once, on all cores, into one array an image; return the folder.
 
-    What is there and newer than its sources stays, so a build that was interrupted goes on. Raises UserError where a
-    file is missing or broken, the folder cannot be written, or the disk is too small.
+    What is there and newer than its sources stays, so a build that was interrupted goes on. Raises UserError
+    where a file is missing or broken, the folder cannot be written, or the disk is too small.
     """
     folder = cache_folder(root, cache)
     stale = []
@@ -543,10 +572,12 @@ def build_cache(root, ids, cache=None):
         (folder / ".writable").unlink()
         free = shutil.disk_usage(folder).free
     except OSError as error:
-        raise UserError(f"cannot write the cache {folder} ({error.strerror}): name another folder, --cache DIR") from None
+        raise UserError(f"cannot write the cache {folder} ({error.strerror}): name another folder, --cache "
+                        "DIR") from None
     print(f"cache      {len(stale)} images, {need / 1e6:,.0f} MB, into {folder}", flush=True)
     if need > free:
-        raise UserError(f"the cache needs {need / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free: make room, or name "
+        raise UserError(f"the cache needs {need / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free: make "
+                        "room, or name "
                         "a folder on another disk, --cache DIR")
     collections.deque(parallel(_cache_image, [(root, id, folder) for id in stale], "cache"), maxlen=0)
     return folder
@@ -556,7 +587,8 @@ def build_cache(root, ids, cache=None):
 
 
 def _examine(job):
-    """One image's files: faults {map: Fault}, remarks, has parts, and (sum, number) of channel 1 of floor normals."""
+    """One image's files: faults {map: Fault}, remarks, has parts, and (sum, number) of channel 1 of floor
+    normals."""
     root, id, quick = job
     faults, planes, size = {}, {}, None
     for name in MAPS:
@@ -584,14 +616,15 @@ def _examine(job):
 
 
 def check(root, quick=False):
-    """Print what the data set at `root` holds and lacks; return whether a training could start, and good images."""
+    """Print what the data set at `root` holds and lacks; return whether a training could start, and good
+    images."""
     faulty, good = False, []
     splits = {split: read_ids(root, split) for split in ("train", "val")}
     both = sorted(set(splits["train"]) & set(splits["val"]))
     if both:
         print(f"in both train.txt and val.txt: {len(both)} ids, {', '.join(both[:3])}")
-    print(f"{'split':6}{'kind':12}{'expected':>9}{'there':>8}{'missing':>9}{'unreadable':>12}{'wrong size':>12}"
-          f"{'bad values':>12}")
+    heads = ("expected", "there", "missing", "unreadable", "wrong size", "bad values")
+    print(f"{'split':6}{'kind':12}" + "".join(f"{head:>12}" for head in heads))
     for split, ids in splits.items():
         counts = {name: collections.Counter() for name in MAPS}
         told, remarks = collections.defaultdict(list), collections.Counter()
@@ -605,18 +638,20 @@ def check(root, quick=False):
             remarks.update(notes)
             people, down, floor = people + parts, down + total, floor + number
         for name, n in counts.items():
-            print(f"{split:6}{name:12}{len(ids):9}{len(ids) - n['missing']:8}{n['missing']:9}{n['unreadable']:12}"
-                  f"{n['size']:12}{n['range']:12}")
+            row = len(ids), len(ids) - n["missing"], n["missing"], n["unreadable"], n["size"], n["range"]
+            print(f"{split:6}{name:12}" + "".join(f"{number:12}" for number in row))
         for (name, kind), cases in told.items():
             faulty = True
-            where = f"; they belong at {' or '.join(MAPS[name].files)}" if kind == "missing" else f": {cases[0][1]}"
+            where = f": {cases[0][1]}"
+            if kind == "missing":
+                where = f"; they belong at {' or '.join(MAPS[name].files)}"
             print(f"  {name}, {kind}: {', '.join(id for id, _ in cases[:3])}{where}")
         for remark, n in remarks.items():
             print(f"  remark: {n} images with {remark} (legal: resized)")
         if not quick:
             print(f"  {people / len(ids):.0%} of the images have human parts")
         if floor:
-            sign = "as expected" if down < 0 else "UPSIDE DOWN: floors should look up, negate channel 1 (green)"
+            sign = "as expected" if down < 0 else "UPSIDE DOWN: floors should look up, negate channel 1"
             print(f"  floor normals: mean of channel 1 is {down / floor:+.2f}, {sign}")
     return not faulty and not both, good
 
@@ -627,11 +662,12 @@ def draw_contact(root, images, path):
     for split, id in images[::max(1, len(images) // 8)][:8]:
         planes = torch.from_numpy(read_planes(root, id))
         truth = {task: x[0].numpy() for task, x in targets(planes[None]).items()}
-        rows.append([planes[:3].permute(1, 2, 0).numpy(), *(paint(row, truth[task]) for task, row in TASKS.items())])
+        painted = [paint(row, truth[task]) for task, row in TASKS.items()]
+        rows.append([planes[:3].permute(1, 2, 0).numpy(), *painted])
     sheet(rows, ["image", *TASKS], path=path)
 
 
-# --------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------------------------- pictures
 
 # PASCAL VOC's colours: bits 0, 3, 6 of a class number are the high bits of red, 1, 4, 7 of green, 2, 5 of
 # blue, highest first. What is ignored is light grey here, in every task.
@@ -708,10 +744,11 @@ def sheet(rows, titles=(), legend=(), labels=(), cell=180, frame="silver", path=
     return canvas
 
 
-# --------------------------------------------------------------------------------- the demo world
+# --------------------------------------------------------------------------------------------- the demo world
 
-# Each thing: VOC class (0: none), PASCAL-Context id, solids. Front is +x, left +z; ± is one on each side. A solid: its
-# shape, paint (/part), then x y z, height, half-width, half-depth; or, if it does not stand upright, two ends and a radius.
+# Each thing: VOC class (0: none), PASCAL-Context id, solids. Front is +x, left +z; ± is one on each side. A
+# solid: its shape, paint (/part), then x y z, height, half-width, half-depth; or, if it does not stand
+# upright, two ends and a radius.
 THINGS = """
 sky 0 360: box sky 0 -80 90 160 200 1
 floor 0 158: box ground 0 -1 0 1 60 60
@@ -721,8 +758,9 @@ box 0 37: box wood 0 0 0 .55 .33 .45
 ball 0 10: ball cloth 0 0 0 .5 .25 .25
 bottle 5 34: rod gloss 0 0 0 .5 .14 .14, ball gloss 0 .34 0 .32 .14 .14, rod gloss 0 .5 0 .36 .05 .05,
     rod plain 0 .14 0 .28 .145 .145
-car 7 59: box gloss 0 .2 0 .42 1.25 .56, limb dark -.9 .62 0 .5 .62 0 .48, limb gloss -.68 .68 0 .28 .68 0 .46,
-    box dark 0 .24 0 .08 1.32 .5, rod dark .78 .25 ±.4 .78 .25 ±.6 .25, rod gloss .78 .25 ±.4 .78 .25 ±.61 .14,
+car 7 59: box gloss 0 .2 0 .42 1.25 .56, limb dark -.9 .62 0 .5 .62 0 .48, box dark 0 .24 0 .08 1.32 .5,
+    limb gloss -.68 .68 0 .28 .68 0 .46, rod dark .78 .25 ±.4 .78 .25 ±.6 .25,
+    rod gloss .78 .25 ±.4 .78 .25 ±.61 .14,
     rod dark -.78 .25 ±.4 -.78 .25 ±.6 .25, rod gloss -.78 .25 ±.4 -.78 .25 ±.61 .14
 cat 8 65: limb fur -.36 .34 0 .36 .38 0 .13, ball fur .46 .42 0 .28 .14 .14, ball fur .46 .6 ±.1 .24 .03 .06,
     limb fur .3 .34 ±.08 .32 0 ±.09 .05, limb fur -.32 .34 ±.08 -.32 0 ±.09 .05,
@@ -731,16 +769,19 @@ chair 9 72: box cloth 0 .43 0 .06 .26 .26, box wood -.25 .74 0 .28 .03 .25, box 
     box wood -.25 0 ±.22 .8 .03 .03
 dog 12 113: limb fur -.36 .5 0 .4 .54 0 .16, limb fur .28 .5 0 .48 .82 0 .1, ball fur .46 .62 0 .3 .15 .15,
     limb fur .5 .74 0 .78 .69 0 .08, ball dark .77 .69 0 .06 .035 .04, ball hair .45 .57 ±.15 .3 .07 .04,
-    limb fur .32 .48 ±.1 .32 0 ±.1 .055, limb fur -.34 .48 ±.1 -.36 0 ±.1 .055, limb fur -.36 .52 0 -.58 .78 0 .04
+    limb fur .32 .48 ±.1 .32 0 ±.1 .06, limb fur -.34 .48 ±.1 -.36 0 ±.1 .06,
+    limb fur -.36 .52 0 -.58 .78 0 .04
 person 15 284: limb plain/torso 0 .8 0 .26 .13 .18, limb cloth/torso .01 .96 0 .54 .12 .2,
-    rod skin/neck .03 1.45 0 .13 .05 .05, ball skin/head .05 1.54 0 .28 .12 .11, ball hair/hair .01 1.61 0 .24 .125 .125,
-    ball dark/±eye .16 1.68 ±.04 .04 .015 .015, limb cloth/±uarm .02 1.45 ±.19 .02 1.14 ±.27 .07,
+    rod skin/neck .03 1.45 0 .13 .05 .05, ball skin/head .05 1.54 0 .28 .12 .11,
+    ball hair/hair .01 1.61 0 .24 .12 .12, ball dark/±eye .16 1.68 ±.04 .04 .015 .015,
+    limb cloth/±uarm .02 1.45 ±.19 .02 1.14 ±.27 .07,
     limb skin/±larm .02 1.17 ±.27 .04 .88 ±.29 .055, ball skin/±hand .04 .9 ±.29 .05 .77 ±.29 .055,
     limb plain/±uleg 0 .96 ±.1 0 .46 ±.12 .1, limb plain/±lleg 0 .5 ±.12 0 .06 ±.13 .075,
     limb dark/±foot -.08 .05 ±.13 .2 .04 ±.14 .06
 pottedplant 16 308: rod cloth 0 0 0 .3 .2 .2, rod cloth 0 .28 0 .08 .24 .24, limb leaf 0 .3 0 .3 .95 ±.12 .07,
     limb leaf 0 .3 0 -.28 .9 ±.15 .07, limb leaf 0 .3 0 .1 .7 ±.42 .07
-sofa 18 368: box cloth 0 .08 0 .22 .42 .85, limb cloth -.34 .1 0 .85 .16 .95, limb cloth -.4 .4 ±.85 .46 .4 ±.85 .15
+sofa 18 368: box cloth 0 .08 0 .22 .42 .85, limb cloth -.34 .1 0 .85 .16 .95,
+    limb cloth -.4 .4 ±.85 .46 .4 ±.85 .15
 tvmonitor 20 427: box dark 0 .09 0 .66 .06 .52, box gloss .05 .14 0 .56 .02 .47, rod dark 0 0 0 .1 .16 .22
 """
 THINGS = {head.split()[0]: (*map(int, head.split()[1:]), solids.split(",")) for head, solids in
@@ -753,7 +794,8 @@ POSES = ((2, -2, 0, 0, 0, 5, 10, 15), (28, -20, -5, -35, -28, 30, 20, 40), (0, 3
          (4, -4, 0, 0, 165, 155, 10, 20), (9, -8, -4, -9, 80, 5, 10, 20), (84, 80, -84, -78, 20, 25, 50, 60))
 JOINTS = ("uleg lleg foot", "lleg foot", "uarm larm hand", "larm hand")
 SHAPES = {"box": -1, "rod": 0, "limb": .5, "ball": 1}  # if round, the bulge: x² + z² = 1 − bulge · y²
-NOISE = scipy.ndimage.gaussian_filter(np.random.default_rng(0).normal(.5, .8, (256, 256)).astype(np.float32), 1, mode="wrap")
+NOISE = np.random.default_rng(0).normal(.5, .8, (256, 256)).astype(np.float32)
+NOISE = scipy.ndimage.gaussian_filter(NOISE, 1, mode="wrap")
 
 
 def _noise(u, frequency):
@@ -762,7 +804,8 @@ def _noise(u, frequency):
 
 # how much of a paint's second colour shows at u (3, pixels), in metres from the middle of the solid
 TEXTURES = {"plain": lambda u: .2 * _noise(u, 20), "stripes": lambda u: 7 * u[1] % 1 < .5,
-            "mottled": lambda u: .6 * _noise(u, 8) + .4 * _noise(u, 50), "checks": lambda u: np.floor(6 * u).sum(0) % 2,
+            "mottled": lambda u: .6 * _noise(u, 8) + .4 * _noise(u, 50),
+            "checks": lambda u: np.floor(6 * u).sum(0) % 2,
             "spots": lambda u: ((6 * u % 1 - .5) ** 2).sum(0) < .17,
             "tiles": lambda u: .8 * (np.minimum(2 * u[0] % 1, 2 * u[2] % 1) < .06) + .2 * _noise(u, 16),
             "grain": lambda u: .5 + .5 * np.sin(36 * u[1] + 12 * u[2] + 5 * _noise(u, 6))}
@@ -772,7 +815,8 @@ PAINTS = {"cloth": (0, 0, "plain stripes checks spots"), "plain": (0, 0, "plain"
           "leaf": ((.2, .5, .15), .5, "mottled"), "fur": ((.6, .47, .35), .4, "stripes mottled spots"),
           "wood": ((.55, .37, .2), .7, "grain"), "stone": ((.6, .58, .55), .8, "plain mottled stripes"),
           "sky": ((.6, .8, 1), 1.2, "plain"), "dark": ((.08, .08, .1), 1.5, "plain"),
-          "meadow": ((.3, .5, .2), .6, "mottled"), "ground": ((.6, .55, .5), .7, "tiles tiles checks grain mottled")}
+          "meadow": ((.3, .5, .2), .6, "mottled"), "ground": ((.6, .55, .5), .7, "tiles tiles checks grain "
+                                                                                 "mottled")}
 
 
 def _paint(rng, name):
@@ -785,13 +829,15 @@ def _paint(rng, name):
 
 
 def _solids(rng, name, where, heading):
-    """The solids of one thing that stands at `where`: part, bulge, paint, axes (as columns) and centre of each."""
+    """The solids of one thing that stands at `where`: part, bulge, paint, axes (as columns) and centre of
+    each."""
     rows = [row.replace("±", sign).split() for row in THINGS[name][2] for sign in "+-"[:1 + ("±" in row)]]
     paint, _, parts = zip(*(row[1].partition("/") for row in rows))
     parts = [part.replace("+", "l").replace("-", "r") for part in parts]
     paints = {name: _paint(rng, name) for name in sorted(set(paint))}
     numbers = [list(map(float, row[2:])) for row in rows]
-    numbers = np.array([[x, y, z] + ([x, y + q[0], z, *q[1:]] if len(q) == 3 else q + q[3:]) for x, y, z, *q in numbers])
+    numbers = np.array([[x, y, z] + ([x, y + q[0], z, *q[1:]] if len(q) == 3 else q + q[3:])
+                        for x, y, z, *q in numbers])
     ends, limb = numbers[:, :6].reshape(-1, 2, 3), np.array([[row[0] == "limb"] for row in rows])
     if name == "person":  # turn the limbs at the joints, then put the figure on the floor
         for k, angle in enumerate(rng.choice(POSES) + rng.normal(0, 6, 8)):
@@ -820,7 +866,8 @@ def _furnish(rng, reach, crowd):
     room = ["sky", "floor", "wall"] if indoors else ["sky", rng.choice(["floor", "grass"])]
     things = [(name, _solids(rng, name, np.zeros(3), angle * (name != "sky"))) for name in room]
     places = []
-    wanted = list(rng.choice(INDOORS if indoors else OUTDOORS, crowd)) + ["person"] * (peopled * rng.integers(1, crowd))
+    wanted = list(rng.choice(INDOORS if indoors else OUTDOORS, crowd))
+    wanted += ["person"] * (peopled * rng.integers(1, crowd))
     for name in rng.permutation(wanted):
         large = name in ("car", "sofa")
         where = rng.uniform([-reach / 2, 0, 2.7 + large], [reach / 2, 0, 2.7 + crowd / 2 + large])
@@ -828,14 +875,17 @@ def _furnish(rng, reach, crowd):
         if all(np.linalg.norm(where - other) > .9 + .3 * large for other in places):
             places.append(where)
             turned = name in ("car", "cat", "dog", "chair")
-            things.append((name, _solids(rng, name, where, rng.uniform(-3, 3) if turned else rng.normal(-1.57, .7))))
+            heading = rng.uniform(-3, 3) if turned else rng.normal(-1.57, .7)
+            things.append((name, _solids(rng, name, where, heading)))
     return things
 
 
 def _trace(axes, centres, bulges, eye, target, height, width, pixels):
-    """A camera's axes in the world, its rays (3, H, W) with z = 1, what solid each meets first, and at what depth.
+    """A camera's axes in the world, its rays (3, H, W) with z = 1, what solid each meets first, and at what
+    depth.
 
-    In a solid's own space a ray o + t d is inside while |y| ≤ 1 and x² + z² ≤ 1 − bulge · y²; in a box, |x|, |z| ≤ 1.
+    In a solid's own space a ray o + t d is inside while |y| ≤ 1 and x² + z² ≤ 1 − bulge · y²; in a box, |x|,
+    |z| ≤ 1.
     """
     right = np.cross([0, 1, 0], target - eye)
     view = np.stack([right, np.cross(right, target - eye), target - eye])
@@ -868,7 +918,8 @@ def _trace(axes, centres, bulges, eye, target, height, width, pixels):
 def _render(seed, height, width, fine, shadow, crowd):
     """A photo (H, W, 3), the names of the things, and for each pixel: which thing, which part, depth, normal.
 
-    `fine` × `fine` rays a pixel, a shadow map of `shadow` × `shadow`, and about `crowd` things, the more the farther.
+    `fine` × `fine` rays a pixel, a shadow map of `shadow` × `shadow`, and about `crowd` things, the more the
+    farther.
     """
     rng = np.random.default_rng(seed)
     zoom, h, w = rng.uniform(1, 1.35) * max(height, width), height * fine, width * fine
@@ -895,10 +946,12 @@ def _render(seed, height, width, fine, shadow, crowd):
     for k, function in enumerate(TEXTURES.values()):
         mix[texture[0] == k] = function(place[:, texture[0] == k])
     caster = ~np.isin([names[k] for k in owner], ROOM)
-    lamp_view, _, _, reach = _trace(axes[caster], centres[caster], bulges[caster], lamp, target, shadow, shadow, 1.6 * shadow)
+    solids = axes[caster], centres[caster], bulges[caster]
+    lamp_view, _, _, reach = _trace(*solids, lamp, target, shadow, shadow, 1.6 * shadow)
     x, y, z = lamp_view @ (points - lamp[:, None])
     x, y = (np.clip((q / z * 1.6 + .5) * shadow, 0, shadow - 1).astype(int) for q in (x, y))
-    lit = scipy.ndimage.gaussian_filter((z < reach[y, x] + .1).reshape(h, w).astype(np.float32), max(h, w) / 200).ravel()
+    lit = (z < reach[y, x] + .1).reshape(h, w).astype(np.float32)
+    lit = scipy.ndimage.gaussian_filter(lit, max(h, w) / 200).ravel()
     toward = (lamp - target) / np.linalg.norm(lamp - target)
     light, ambient = np.float32(rng.uniform([[.5], [.3]], [[.9], [.5]]) * rng.uniform(.85, 1.1, (2, 3)))
     shade = np.outer(light, lit * np.maximum(toward @ normal, 0)) + np.outer(ambient, .8 + .2 * normal[1])
@@ -908,17 +961,19 @@ def _render(seed, height, width, fine, shadow, crowd):
     photo = np.round(np.clip(image, 0, 1).transpose(1, 2, 0) ** .7 * 255).astype(np.uint8)
     normal = (view @ normal * np.array([[1], [1], [-1]], np.float32)).reshape(3, h, w)
     ids = ids[::fine, ::fine]
-    return photo, names, np.array(owner)[ids], np.array(parts)[ids], depth[::fine, ::fine], normal[:, ::fine, ::fine]
+    owner, part = np.array(owner)[ids], np.array(parts)[ids]
+    return photo, names, owner, part, depth[::fine, ::fine], normal[:, ::fine, ::fine]
 
 
 def scene(seed, height, width):
     """One image of the demo world with all its ground truths, the same for the same arguments.
 
-    image (H, W, 3) uint8, semseg (H, W) VOC class or 255, labelmap (H, W) PASCAL-Context id, saliency (H, W) bool,
-    normals (H, W, 3) unit vectors (right, down, towards the viewer), depth (H, W) in metres, objects: [(class name, class,
-    mask, parts)], parts being [(part name, mask)], empty but for people. Saliency follows a rule that the image alone can
-    teach: a thing scores √(its share of the image) × nearness to the centre × colour contrast to the rest; the best and
-    all above 60% of it stand out.
+    image (H, W, 3) uint8, semseg (H, W) VOC class or 255, labelmap (H, W) PASCAL-Context id, saliency (H, W)
+    bool, normals (H, W, 3) unit vectors (right, down, towards the viewer), depth (H, W) in metres, objects:
+    [(class name, class, mask, parts)], parts being [(part name, mask)], empty but for people. Saliency
+    follows a rule that the image alone can
+    teach: a thing scores √(its share of the image) × nearness to the centre × colour contrast to the rest;
+    the best and all above 60% of it stand out.
     """
     image, names, owner, part, depth, normals = _render(seed, height, width, fine=2, shadow=192, crowd=5)
     voc, context = np.array([THINGS[name][:2] for name in names]).T
@@ -934,13 +989,15 @@ def scene(seed, height, width):
             away = np.hypot(*(np.argwhere(mask).mean(0) / mask.shape - .5))
             contrast = np.linalg.norm(image[mask].mean(0) - image[~mask].mean(0)) / 255 + .1
             saliency[mask] = np.sqrt(mask.mean()) * np.exp(-(away / .35) ** 2) * contrast
-    return {"image": image, "semseg": np.where(border, IGNORE, voc[owner]).astype(np.uint8), "objects": objects,
+    semseg = np.where(border, IGNORE, voc[owner]).astype(np.uint8)
+    return {"image": image, "semseg": semseg, "objects": objects, "depth": depth,
             "labelmap": context[owner].astype(np.uint16), "saliency": saliency > .6 * saliency.max(),
-            "normals": normals.transpose(1, 2, 0), "depth": depth}
+            "normals": normals.transpose(1, 2, 0)}
 
 
 def scene_classes(job):
-    """A square image (size, size, 3) and which of the 20 VOC classes show in it, for pretraining. job: (seed, size)."""
+    """A square image (size, size, 3) and which of the 20 VOC classes show in it, for pretraining. job: (seed,
+    size)."""
     seed, size = job
     image, names, owner, *_ = _render(seed, size, size, fine=1, shadow=96, crowd=2)
     voc = np.array([THINGS[name][0] for name in names])[owner]
@@ -956,22 +1013,27 @@ def _write_scene(job):
     """Render one image and write its files; returns its entry of ImageSets/Parts."""
     root, name, seed, height, width = job
     s = scene(seed, height, width)
-    objects = [(kind, index, np.uint8(mask), _struct([(p, np.uint8(m)) for p, m in parts], "part_name", "mask"))
-               for kind, index, mask, parts in s["objects"]]
+    objects = []
+    for kind, index, mask, parts in s["objects"]:
+        parts = _struct([(part, np.uint8(m)) for part, m in parts], "part_name", "mask")
+        objects.append((kind, index, np.uint8(mask), parts))
     anno = _struct([(name, _struct(objects, "class", "class_ind", "mask", "parts"))], "imname", "objects")
-    scipy.io.savemat(root / f"human_parts/{name}.mat", {"anno": anno}, do_compression=True)
-    scipy.io.savemat(root / f"pascal-context/trainval/{name}.mat", {"LabelMap": s["labelmap"]}, do_compression=True)
+    for folder, content in (("human_parts", {"anno": anno}),
+                            ("pascal-context/trainval", {"LabelMap": s["labelmap"]})):
+        scipy.io.savemat(root / f"{folder}/{name}.mat", content, do_compression=True)
     Image.fromarray(s["image"]).save(root / f"JPEGImages/{name}.jpg", quality=92)
     semseg = Image.fromarray(s["semseg"])
     semseg.putpalette(PALETTE.ravel().tolist())
-    semseg.save(root / f"semseg/{'VOC12' if seed // 2 % 2 else 'pascal-context'}/{name}.png", compress_level=1)
+    folder = "VOC12" if seed // 2 % 2 else "pascal-context"
+    semseg.save(root / f"semseg/{folder}/{name}.png", compress_level=1)
     for folder, array in (("normals_distill", (s["normals"] + 1) / 2), ("sal_distill", s["saliency"])):
         Image.fromarray(np.uint8(np.round(255 * array))).save(root / folder / f"{name}.png", compress_level=1)
     return name, [index if mask.mean() > .002 else -1 for _, index, mask, _ in s["objects"]]
 
 
 def make_demo(root, train=DEMO["train"], val=DEMO["val"], size=DEMO["size"]):
-    """Render a data set in PASCAL-Context's layout; it gets its name when it is complete. size: longest side, pixels."""
+    """Render a data set in PASCAL-Context's layout; it gets its name when it is complete. size: longest side,
+    pixels."""
     root = Path(root)
     if root.exists():
         raise UserError(f"{root} exists: name a folder that doesn't, or delete it")
@@ -992,7 +1054,7 @@ def make_demo(root, train=DEMO["train"], val=DEMO["val"], size=DEMO["size"]):
     partial.rename(root)
 
 
-# ----------------------------------------------------------------------------------------------- python data.py
+# --------------------------------------------------------------------------------------------- python data.py
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
@@ -1009,6 +1071,9 @@ def run(args):
     root = Path(args.root)
     if args.make or (args.root == "demo" and not root.exists()):
         train, val = args.make or (DEMO["train"], DEMO["val"])
+        if min(train, val) < 1 or not 32 <= args.size <= 4096:
+            raise UserError(f"--make {train} {val} --size {args.size}: expected 1 image or more, 32 to "
+                            "4096 pixels")
         make_demo(root, train, val, args.size)
     fine, good = check(locate(root), args.quick)
     if good and not args.quick:

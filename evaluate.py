@@ -1,13 +1,16 @@
 """How predictions are judged: losses, metrics, Δm, the table, the pictures.
 
-    python evaluate.py run/                            the five metrics, Δm and pictures of a run, all kept in run/
-    python evaluate.py runs/* --baseline runs/stl_*    one table; single-task runs together make the baseline
-    python evaluate.py run/ photo.jpg                  what the run sees in anyone's photo: run/photo.png
+    python evaluate.py run/                            the five metrics, Δm and pictures of a run, all kept in
+    run/ python evaluate.py runs/* --baseline runs/stl_*    one table; single-task runs together make the
+    baseline python evaluate.py run/ photo.jpg                  what the run sees in anyone's photo:
+    run/photo.png
 
-Protocol: that of Vandenhende et al. 2021 and M3ViT (Fan et al. 2022), whose numbers Table 1 of the ASE paper continues. The
-network sees S×S; its predictions are brought to each image's own size and compared there with the untouched truth.
+Protocol: that of Vandenhende et al. 2021 and M3ViT (Fan et al. 2022), whose numbers Table 1 of the ASE paper
+continues. The network sees S×S; its predictions are brought to each image's own size and compared there with
+the untouched truth.
 
-Shapes: B images · C channels · S side of the network's input · H, W an image's own height and width · K thresholds.
+Shapes: B images · C channels · S side of the network's input · H, W an image's own height and width · K
+thresholds.
 """
 
 import argparse
@@ -60,14 +63,16 @@ def count_pixels(targets):
 
 
 def cross_entropy(prediction, target, valid, positive):
-    """Mean over the pixels with ground truth; 0 where there is none. prediction (B, C, S, S), target (B, S, S)."""
+    """Mean over the pixels with ground truth; 0 where there is none. prediction (B, C, S, S), target (B, S,
+    S)."""
     return F.cross_entropy(prediction, target, ignore_index=IGNORE, reduction="sum") / valid.clamp(min=1)
 
 
 def _weighted_bce(prediction, target, weight):
     """Σ over pixels of the binary cross-entropy, positives × weight, negatives × (1 − weight)."""
     weights = torch.where(target == 1, weight, 1 - weight) * (target != IGNORE)
-    return F.binary_cross_entropy_with_logits(prediction[:, 0], (target == 1).float(), weights, reduction="sum")
+    truth = (target == 1).float()
+    return F.binary_cross_entropy_with_logits(prediction[:, 0], truth, weights, reduction="sum")
 
 
 def balanced_bce(prediction, target, valid, positive):
@@ -82,7 +87,8 @@ def edge_bce(prediction, target, valid, positive):
 
 
 def normals_l1(prediction, target, valid, positive):
-    """Mean |component| between the normalised prediction and the truth, where there is one. Both (B, 3, S, S)."""
+    """Mean |component| between the normalised prediction and the truth, where there is one. Both (B, 3, S,
+    S)."""
     error = (F.normalize(prediction, dim=1) - target).abs() * target.any(1, keepdim=True)
     return error.sum() / (3 * valid).clamp(min=1)
 
@@ -93,8 +99,8 @@ LOSSES = {f.__name__: f for f in (cross_entropy, balanced_bce, edge_bce, normals
 def losses(predictions, targets, counts=None):
     """{task: loss} of raw predictions {task: (B, C, S, S)}.
 
-    counts: `count_pixels` summed over the effective batch, of which these images may be a part; then the losses of the
-    parts add up to that of the whole.
+    counts: `count_pixels` summed over the effective batch, of which these images may be a part; then the
+    losses of the parts add up to that of the whole.
     """
     targets = {task: targets[task] for task in predictions}
     counts = count_pixels(targets) if counts is None else counts
@@ -103,7 +109,8 @@ def losses(predictions, targets, counts=None):
 
 
 # ---------------------------------------------------------------------------------------------------- metrics
-# Each is measured image by image as an array of numbers that add up over a split; the value comes from the sum.
+# Each is measured image by image as an array of numbers that add up over a split; the value comes from the
+# sum.
 
 SALIENCY_THRESHOLDS = np.arange(20, 91, 5) / 100
 
@@ -120,7 +127,8 @@ class Protocol(NamedTuple):
 
 
 def confusion(prediction, truth, classes):
-    """(classes, 3) pixels: right, predicted, true; pixels without ground truth left out. Both (H, W) integers."""
+    """(classes, 3) pixels: right, predicted, true; pixels without ground truth left out. Both (H, W)
+    integers."""
     known = truth != IGNORE
     prediction, truth = prediction[known], truth[known]
     right = prediction[prediction == truth]
@@ -128,14 +136,16 @@ def confusion(prediction, truth, classes):
 
 
 def miou(total):
-    """Mean over the classes that occur of right / (predicted + true − right), percent; NaN where none does."""
+    """Mean over the classes that occur of right / (predicted + true − right), percent; NaN where none
+    does."""
     right, predicted, true = total.T
     union = predicted + true - right
     return 100 * float(np.mean(right[union > 0] / union[union > 0])) if union.any() else math.nan
 
 
 def jaccards(prediction, truth):
-    """(15, 2): for each saliency threshold the Jaccard index of the foreground (1 where both are empty), and 1."""
+    """(15, 2): for each saliency threshold the Jaccard index of the foreground (1 where both are empty), and
+    1."""
     truth = truth == 1
     found = prediction > SALIENCY_THRESHOLDS[:, None, None].astype(prediction.dtype)     # (15, H, W)
     both = (found & truth).sum((1, 2))
@@ -144,7 +154,8 @@ def jaccards(prediction, truth):
 
 
 def angles(prediction, truth):
-    """(2,): sum of the angles in degrees between unit vectors (3, H, W), where there is truth, and their number."""
+    """(2,): sum of the angles in degrees between unit vectors (3, H, W), where there is truth, and their
+    number."""
     known = truth.any(0)
     p, g = prediction[:, known].astype(np.float64), truth[:, known].astype(np.float64)
     # arccos loses half of its digits near 0° and 180°; this does not
@@ -348,12 +359,14 @@ class Metric(NamedTuple):
 
 
 METRICS = {
-    "miou": Metric(lambda x: x, lambda x: x.argmax(0), lambda p, t, channels, _: confusion(p, t, channels), miou, (1,)),
+    "miou": Metric(lambda x: x, lambda x: x.argmax(0), lambda p, t, channels, _: confusion(p, t, channels),
+                   miou, (1,)),
     "max_iou": Metric(torch.sigmoid, lambda x: x[0], lambda p, t, *_: jaccards(p, t),
                       lambda total: 100 * float((total[:, 0] / total[:, 1]).max()), (9,)),
     "odsf": Metric(torch.sigmoid, lambda x: x[0], lambda p, t, _, protocol: edge_counts(
         p, t == 1, protocol.levels(), nms=protocol.nms), ods_f, (9,)),
-    "angle": Metric(lambda x: F.normalize(x, dim=0), lambda x: F.normalize(x, dim=0), lambda p, t, *_: angles(p, t),
+    "angle": Metric(lambda x: F.normalize(x, dim=0), lambda x: F.normalize(x, dim=0),
+                    lambda p, t, *_: angles(p, t),
                     lambda total: float(total[0] / total[1]) if total[1] else math.nan, (0, 0, 1)),
 }
 
@@ -367,13 +380,17 @@ def values(totals):
     return {task: metric_of(task).value(total) for task, total in totals.items()}
 
 
-# ------------------------------------------------------------------------------------------ judging a model
+# -------------------------------------------------------------------------------------------- judging a model
 
 
 def to_native(squashed, size):
-    """{task: (C, S, S)} → {task: prediction at size (H, W), as `data.paint` draws it and `Metric.measure` takes it}."""
-    return {task: metric_of(task).decide(F.interpolate(torch.from_numpy(x)[None], size, mode="bilinear")[0]).numpy()
-            for task, x in squashed.items()}
+    """{task: (C, S, S)} → {task: prediction at size (H, W), as `data.paint` draws it and `Metric.measure`
+    takes it}."""
+    predictions = {}
+    for task, x in squashed.items():
+        native = F.interpolate(torch.from_numpy(x)[None], size, mode="bilinear")[0]
+        predictions[task] = metric_of(task).decide(native).numpy()
+    return predictions
 
 
 @torch.inference_mode()
@@ -389,7 +406,8 @@ def predict(model, images, mean_std, device):
 
 
 def _judge(job):
-    """One image in a worker: its files, each read once, against the model's outputs and against a constant."""
+    """One image in a worker: its files, each read once, against the model's outputs and against a
+    constant."""
     root, id, image, squashed, protocol = job
     planes = torch.from_numpy(data.read_planes(root, id, image))
     truth = {task: x[0].numpy() for task, x in data.targets(planes[None]).items()}
@@ -407,8 +425,8 @@ def _judge(job):
 def judge(model, dataset, mean_std, device, protocol=Protocol(), batch=16):
     """Judge a model on a split: {task: summed numbers}, and the same for a constant prediction.
 
-    The model runs here, the files are read and the metrics computed by workers, one image a job; memory does not grow
-    with the number of images.
+    The model runs here, the files are read and the metrics computed by workers, one image a job; memory does
+    not grow with the number of images.
     """
 
     def jobs(pool):
@@ -430,11 +448,12 @@ def judge(model, dataset, mean_std, device, protocol=Protocol(), batch=16):
 
 
 def evaluate(model, dataset, mean_std="imagenet", device="cpu", protocol=Protocol()):
-    """{task: metric} of a model on a split (`data.PascalContext`), at native size, in the units of `TASKS`."""
+    """{task: metric} of a model on a split (`data.PascalContext`), at native size, in the units of
+    `TASKS`."""
     return values(judge(model, dataset, mean_std, torch.device(device), protocol)[0])
 
 
-# --------------------------------------------------------------------------------------------- Δm and baselines
+# ------------------------------------------------------------------------------------------- Δm and baselines
 
 BASELINES = {
     # Table 1 of the ASE paper: single-task ResNet-18 on PASCAL-Context
@@ -445,11 +464,13 @@ BASELINES = {
 
 
 def delta_m(metrics, baseline):
-    """Δm = 100/T Σ_t s_t (M_t − B_t) / B_t, s = −1 where lower is better, percent. Raises UserError for a gap."""
+    """Δm = 100/T Σ_t s_t (M_t − B_t) / B_t, s = −1 where lower is better, percent. Raises UserError for a
+    gap."""
     gains = []
     for task, value in metrics.items():
         if task not in baseline:
-            raise UserError(f"the baseline has no {task}: expected {', '.join(metrics)}; name more runs, --baseline RUN…")
+            raise UserError(f"the baseline has no {task}: expected {', '.join(metrics)}; name more runs, "
+                            "--baseline RUN…")
         sign = -1 if TASKS[task].lower_is_better else 1
         gains.append(sign * (value - baseline[task]) / baseline[task])
     return 100 * sum(gains) / len(gains)
@@ -460,7 +481,7 @@ def delta_m(metrics, baseline):
 
 class Run(NamedTuple):
     folder: Path
-    settings: dict      # config.json: the flags of train.py as resolved, and "model", the fields of ase.Config
+    settings: dict  # config.json: the flags of train.py as resolved, and "model", the fields of ase.Config
     config: ase.Config
 
 
@@ -471,7 +492,8 @@ def open_run(folder):
         settings = json.loads(path.read_text())
         return Run(Path(folder), settings, ase.Config(**settings["model"]))
     except OSError:
-        raise UserError(f"{folder} is no run folder: it has no config.json; name a folder that train.py made") from None
+        raise UserError(f"{folder} is no run folder: it has no config.json; name a folder that train.py "
+                        "made") from None
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is broken ({error}): train again into another folder, --out DIR") from None
 
@@ -479,7 +501,8 @@ def open_run(folder):
 def load_checkpoint(path):
     """What `train.py` saved. Raises UserError where there is nothing, or a broken file."""
     if not Path(path).is_file():
-        raise UserError(f"no checkpoint {path}: the run has not finished its first epoch; start train.py again")
+        raise UserError(f"no checkpoint {path}: the run has not finished its first epoch; start train.py "
+                        "again")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds on a truncated file
@@ -498,7 +521,8 @@ def load_model(run, device):
 
 
 def judge_run(run, args, device):
-    """The results of a run, from metrics.json where the same was computed before; pictures are drawn beside it."""
+    """The results of a run, from metrics.json where the same was computed before; pictures are drawn beside
+    it."""
     root = Path(args.data or run.settings["data"])
     protocol = Protocol(not args.no_nms, args.thresholds)
     path = run.folder / "metrics.json"
@@ -530,7 +554,7 @@ def judge_run(run, args, device):
     return result
 
 
-# --------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------------------------- pictures
 
 def draw_predictions(path, samples):
     """Draw a row for each sample (image (H, W, 3) uint8, truth {task: array}, prediction {task: array}),
@@ -666,7 +690,7 @@ def draw_edges(path, counts, thresholds):
     sheet([[panel]], legend=legend, cell=max(panel.shape) // 2, frame="white", path=path)
 
 
-# -------------------------------------------------------------------------------------------- python evaluate.py
+# ----------------------------------------------------------------------------------------- python evaluate.py
 
 
 def read_log(folder):
@@ -694,7 +718,8 @@ def draw_run(run, result, model, dataset, device):
 
 
 def draw_photo(run, path, model, device):
-    """The predictions for a photo as one picture, run/NAME.png: turned as EXIF says, transparency on white."""
+    """The predictions for a photo as one picture, run/NAME.png: turned as EXIF says, transparency on
+    white."""
     try:
         with Image.open(path) as photo:
             photo = ImageOps.exif_transpose(photo)
@@ -703,7 +728,8 @@ def draw_photo(run, path, model, device):
             photo.thumbnail((2048, 2048))
             image = np.array(photo.convert("RGB")).transpose(2, 0, 1)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the photo {path} ({error}): expected an image that Pillow opens") from None
+        raise UserError(f"cannot read the photo {path} ({error}): expected an image that Pillow "
+                        "opens") from None
     squashed = predict(model, [image], run.settings["mean_std"], device)[0]
     out = run.folder / f"{path.stem}.png"
     draw_predictions(out, [(image.transpose(1, 2, 0), None, to_native(squashed, image.shape[1:]))])
@@ -711,20 +737,23 @@ def draw_photo(run, path, model, device):
 
 
 def baseline_of(args, runs, results, device):
-    """(name, {task: value}) to compare with: as named by --baseline, else that of the data set, else (None, {})."""
+    """(name, {task: value}) to compare with: as named by --baseline, else that of the data set, else (None,
+    {})."""
     if args.baseline and len(args.baseline) == 1 and args.baseline[0] in BASELINES:
         return args.baseline[0], BASELINES[args.baseline[0]]
     if args.baseline:
         gathered = {}
         for folder in args.baseline:
             if not Path(folder).is_dir():
-                raise UserError(f"unknown baseline {folder}: expected one of {', '.join(BASELINES)}, or run folders")
+                raise UserError(f"unknown baseline {folder}: expected one of {', '.join(BASELINES)}, or "
+                                "run folders")
             for task, value in judge_run(open_run(folder), args, device)["metrics"].items():
                 gathered.setdefault(task, []).append(value)
         return " ".join(args.baseline), {task: float(np.mean(v)) for task, v in gathered.items()}
     roots = {args.data or run.settings["data"] for run in runs}
     if len(roots) > 1:
-        raise UserError(f"runs on several data sets ({', '.join(sorted(roots))}) have no baseline in common: name one")
+        raise UserError(f"runs on several data sets ({', '.join(sorted(roots))}) have no baseline in "
+                        "common: name one")
     marker = Path(roots.pop()) / "demo.json"
     if not marker.is_file():
         return "resnet18", BASELINES["resnet18"]
@@ -757,8 +786,10 @@ def print_table(runs, results, name, baseline):
     row("constant", "", results[0]["constant"])
     protocol = results[0].get("edge")
     if protocol:
-        print(f"\n{results[0]['images']} images at native size; odsF {'with' if protocol['nms'] else 'without'} NMS, "
-              f"{len(protocol['thresholds'])} thresholds; baseline: {name or 'none for this data, name one: --baseline'}")
+        print(f"\n{results[0]['images']} images at native size; odsF "
+              f"{'with' if protocol['nms'] else 'without'} NMS, "
+              f"{len(protocol['thresholds'])} thresholds; baseline: "
+              f"{name or 'none for this data, name one: --baseline'}")
 
 
 def select_ids(ids, path):
@@ -769,7 +800,8 @@ def select_ids(ids, path):
         raise UserError(f"cannot read the list of ids {path}: expected a text file, one id a line") from None
     unknown = sorted(set(wanted) - set(ids))
     if unknown or not wanted:
-        raise UserError(f"{path} lists {unknown[0] if unknown else 'no id'}: expected ids of val.txt, one a line")
+        raise UserError(f"{path} lists {unknown[0] if unknown else 'no id'}: expected ids of val.txt, one "
+                        "a line")
     return wanted
 
 
@@ -777,13 +809,17 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("paths", nargs="+", metavar="RUN|PHOTO", help="run folders; photos, with one run")
     parser.add_argument("--baseline", nargs="+", metavar="NAME|RUN",
-                        help=f"what Δm compares with: {', '.join(BASELINES)}, or runs whose metrics together make one "
+                        help=f"what Δm compares with: {', '.join(BASELINES)}, or runs whose metrics "
+                             "together make one "
                              "(default: demo on the default demo, resnet18 elsewhere)")
-    parser.add_argument("--data", metavar="DIR", help="the data set (default: the one the run was trained on)")
+    parser.add_argument("--data", metavar="DIR", help="the data set (default: the one the run was trained "
+                                                      "on)")
     parser.add_argument("--device", help="cpu, cuda, … (default: cuda where there is one)")
-    parser.add_argument("--no-nms", action="store_true", help="odsF without non-maximum suppression, as MTLP has it")
+    parser.add_argument("--no-nms", action="store_true", help="odsF without non-maximum suppression, as "
+                                                              "MTLP has it")
     parser.add_argument("--thresholds", type=int, choices=(99, 101), default=101,
-                        help="of odsF: 99 is MTLP's 0.01 … 0.99, 101 adds 0.001 and 0.999 (default %(default)s)")
+                        help="of odsF: 99 is MTLP's 0.01 … 0.99, 101 adds 0.001 and 0.999 (default "
+                             "%(default)s)")
     parser.add_argument("--ids", metavar="FILE", help="judge only the ids listed in FILE, one a line")
     parser.add_argument("--quick", action="store_true", help="judge at most 50 images, spread over the split")
     return data.command(parser, run, argv)
@@ -794,7 +830,8 @@ def run(args):
     photos = [Path(p) for p in args.paths if Path(p).is_file()]
     runs = [open_run(p) for p in args.paths if Path(p) not in photos]
     if not runs:
-        raise UserError(f"no run folder among {', '.join(args.paths)}: name the one train.py made, such as run/")
+        raise UserError(f"no run folder among {', '.join(args.paths)}: name the one train.py made, such as "
+                        "run/")
     if photos:
         if len(runs) > 1:
             raise UserError(f"{len(runs)} runs and photos: name one run with them")
@@ -805,7 +842,8 @@ def run(args):
     results = [judge_run(run, args, device) for run in runs]
     name, baseline = baseline_of(args, runs, results, device)
     for trained, result in zip(runs, results):
-        result["baseline"], result["delta_m"] = name, delta_m(result["metrics"], baseline) if baseline else None
+        result["baseline"] = name
+        result["delta_m"] = delta_m(result["metrics"], baseline) if baseline else None
         data.write_json(trained.folder / "metrics.json", result)
     print_table(runs, results, name, baseline)
     pictures = sorted(p.name for p in runs[0].folder.glob("*.png"))

@@ -1,17 +1,17 @@
 """Train a model on dense tasks into a run folder, or continue what was interrupted there.
 
-    python train.py --experts 32 --topk 6 --shared 2 --rank 2         ASE on the demo world, which is made where missing
-    python train.py --gating fixed --shared 0 --topk 4                vanilla LoRA-MoE, the paper's baseline
-    python train.py --gating fixed                                    naive shared expert: its gate is always 1
-    python train.py --gating joint --shared 0 --topk 4                the control the paper lacks: kept gates sum to 1
-    python train.py --experts 0                                       the plain multi-task ViT
-    python train.py --experts 0 --tasks semseg                        a single-task model
-    python train.py --data PASCAL_MT --weights vit_base.safetensors   the paper's setting
-    torchrun --nproc_per_node=8 train.py …                            the same training on several GPUs
+    python train.py --experts 32 --topk 6 --shared 2 --rank 2         ASE on the demo world, which is made
+    where missing python train.py --gating fixed --shared 0 --topk 4                vanilla LoRA-MoE, the
+    paper's baseline python train.py --gating fixed                                    naive shared expert:
+    its gate is always 1 python train.py --gating joint --shared 0 --topk 4                the control the
+    paper lacks: kept gates sum to 1 python train.py --experts 0                                       the
+    plain multi-task ViT python train.py --experts 0 --tasks semseg                        a single-task model
+    python train.py --data PASCAL_MT --weights vit_base.safetensors   the paper's setting torchrun
+    --nproc_per_node=8 train.py …                            the same training on several GPUs
 
 The run folder holds config.json, log.jsonl (a record a step and an epoch) and checkpoint.pt, and is all that
-evaluate.py needs. Every step's randomness is a function of the seed and the step alone, so a run that was killed at
-any moment and started again with the same command ends, on a CPU, in the same weights bit for bit.
+evaluate.py needs. Every step's randomness is a function of the seed and the step alone, so a run that was
+killed at any moment and started again with the same command ends, on a CPU, in the same weights bit for bit.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from data import TASKS, UserError
 
 # What the paper does not say is ours: optimiser, learning rate, warm-up, clipping.
 DEFAULTS = {
-    "demo": dict(backbone="vit_tiny", epochs=10, batch=16, lr=2e-3, val_subset=50),
+    "demo": dict(backbone="vit_tiny", epochs=8, batch=16, lr=2e-3, val_subset=50),
     "pascal": dict(backbone="vit_base", epochs=40, batch=32, lr=5e-4, val_subset=500),
 }
 WEIGHT_DECAY = 0.01
@@ -49,8 +49,8 @@ LOG_EVERY = 10       # steps
 
 
 def learning_rate(step, steps, peak):
-    """Linear warm-up, then a cosine to zero: the last epoch needs no choice of a best one, and, unlike poly, there is
-    no exponent to choose."""
+    """Linear warm-up, then a cosine to zero: the last epoch needs no choice of a best one, and, unlike poly,
+    there is no exponent to choose."""
     warmup = max(1, round(WARMUP * steps))
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -58,7 +58,8 @@ def learning_rate(step, steps, peak):
 
 
 def shuffle(number, epoch, seed):
-    """The order of the images in an epoch, and the augmentation of each: the same on any number of processes."""
+    """The order of the images in an epoch, and the augmentation of each: the same on any number of
+    processes."""
     generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
     return torch.randperm(number, generator=generator).tolist(), data.random_warps(number, generator)
 
@@ -87,22 +88,25 @@ def train(settings, args, rank, world, device):
     for dataset in splits.values():
         with first(rank):
             dataset.cache = data.build_cache(root, dataset.ids, args.cache)
-    batch, batches = settings["batch"], dict(device=device, mean_std=settings["mean_std"], threads=args.workers)
+    batch = settings["batch"]
+    batches = dict(device=device, mean_std=settings["mean_std"], threads=args.workers)
     steps = len(splits["train"]) // batch                                                # in an epoch
     if steps == 0:
-        raise UserError(f"--batch {batch} is larger than the {len(splits['train'])} training images: lower it")
+        raise UserError(f"--batch {batch} is larger than the {len(splits['train'])} training images: lower "
+                        "it")
 
     # -- the model
     torch.manual_seed(settings["seed"])
     model = ase.ASE(config).to(device)
     model.checkpointing = args.checkpointing
-    loaded = ase.load_backbone(model, settings["weights"]) if settings["weights"] != "none" else "random weights"
+    pretrained = settings["weights"] != "none"
+    loaded = ase.load_backbone(model, settings["weights"]) if pretrained else "random weights"
     groups = {True: [], False: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[ase.part(name) == "backbone" and settings["weights"] != "none"].append(parameter)
-    optimizer = torch.optim.AdamW([{"params": groups[False], "share": 1.0},
-                                   {"params": groups[True], "share": PRETRAINED_LR}], weight_decay=WEIGHT_DECAY)
+            groups[pretrained and ase.part(name) == "backbone"].append(parameter)
+    groups = [{"params": groups[False], "share": 1.0}, {"params": groups[True], "share": PRETRAINED_LR}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
     start = 0
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
@@ -149,7 +153,7 @@ def train(settings, args, rank, world, device):
                     information = ase.mutual_information(routing.probs)
                     loss = sum(weights[task] * losses[task] for task in losses)
                     loss = loss - settings["mi"] * information.sum() * len(part.images) / batch
-                    (loss * world).backward()                                            # processes are averaged
+                    (loss * world).backward()  # processes are averaged
                 log.add(losses, routing, information, len(part.images) / batch)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
@@ -175,7 +179,8 @@ class Log:
             data.write_atomically(self.path, lambda file: file.writelines(map(_line, kept)))
         self.begin = self.mark = time.time()
         self.waited = 0.0
-        self.recent, self.routing = {}, {}
+        self.tasks = list(settings["model"]["tasks"])
+        self.losses, self.recent, self.routing = 0, [], {}
 
     def write(self, record):
         with open(self.path, "ab") as file:
@@ -187,10 +192,13 @@ class Log:
         total, trained = (sum(n[i] for n in ase.count(model).values()) / 1e6 for i in (0, 1))
         experts = (f"({config.experts}/{config.topk}/{config.shared}/{config.rank}) {config.gating} gates"
                    if config.experts else "no experts")
-        print(f"model      {experts}, LoRA {config.lora}; width {config.dim}, {config.depth} blocks, {config.image}×"
-              f"{config.image} in patches of {config.patch}; {total:.2f} M parameters, {trained:.2f} M trained")
+        print(f"model      {experts}, LoRA {config.lora}; width {config.dim}, {config.depth} blocks, "
+              f"{config.image}×"
+              f"{config.image} in patches of {config.patch}; {total:.2f} M parameters, {trained:.2f} M "
+              "trained")
         print(f"weights    {loaded}")
-        print(f"data       {splits['train'].root}: {len(splits['train'])} images in {self.steps} steps an epoch; "
+        print(f"data       {splits['train'].root}: {len(splits['train'])} images in {self.steps} steps an "
+              "epoch; "
               f"validation losses on {len(splits['val'])}\n")
         print(f"{'done':>5}{'step':>8}" + "".join(f"{task:>12}" for task in config.tasks)
               + f"{'lr':>10}{'images/s':>10}{'left':>9}", flush=True)
@@ -203,29 +211,33 @@ class Log:
         self.waited += time.time() - start
 
     def add(self, losses, routing, information, share):
-        """Add up what a micro-batch, `share` of the effective batch, brought; nothing waits for the device here."""
-        for task, loss in losses.items():
-            self.recent[task] = self.recent.get(task, 0) + loss.detach()
+        """Add up what a micro-batch, `share` of the effective batch, brought; nothing waits for the device
+        here."""
+        self.losses = self.losses + torch.stack(list(losses.values())).detach()
         for name, x in (("gates", routing.gates), ("information", information)):
             self.routing[name] = self.routing.get(name, 0) + share * x.detach()
 
     def step(self, step, lr, norm):
         """A line for the mean of the last LOG_EVERY steps. Raises UserError for a loss that is not finite."""
         self.routing["norm"] = self.routing.get("norm", 0) + norm
-        number = step % self.steps % LOG_EVERY + 1
+        self.recent.append(self.losses)
+        self.losses = 0
+        number = len(self.recent)
         if number < LOG_EVERY and (step + 1) % self.steps:
             return
-        means = torch.stack(list(self.recent.values())) / number
+        losses = torch.stack(self.recent)                                                # (steps, T)
+        self.recent = []
         if dist.is_initialized():
-            dist.all_reduce(means)
-        losses, self.recent = dict(zip(self.recent, means.tolist())), {}
-        bad = [task for task, loss in losses.items() if not math.isfinite(loss)]
-        if bad or not math.isfinite(norm):
+            dist.all_reduce(losses)
+        if not losses.isfinite().all():
+            at, task = (~losses.isfinite()).nonzero()[0].tolist()
             last = self.path.with_name("checkpoint.pt")
-            raise UserError(f"the {bad[0] if bad else 'gradient'} {'loss' if bad else 'norm'} is not finite at step "
-                            f"{step + 1}: lower --lr; last good checkpoint: {last if last.is_file() else 'none yet'}")
+            raise UserError(f"the {self.tasks[task]} loss is not finite at step {step + 2 - number + at}: "
+                            "lower --lr; "
+                            f"last good checkpoint: {last if last.is_file() else 'none yet'}")
         if self.rank:
             return
+        losses = dict(zip(self.tasks, losses.mean(0).tolist()))
         now, done, total = time.time(), step + 1, self.steps * self.epochs
         speed = number * self.batch / (now - self.mark)
         left = (now - self.begin) / (done - self.first_step) * (total - done)
@@ -274,12 +286,16 @@ def validate(model, dataset, batch, batches):
     return dict(zip(losses, (sums / pixels.clamp(min=1)).tolist()))
 
 
-# ------------------------------------------------------------------------- before the loop: what is there already
+# --------------------------------------------------------------------- before the loop: what is there already
 
 
 def resume(out, settings):
-    """The checkpoint of an interrupted run with these settings, or None. Raises UserError for another run's folder."""
+    """The checkpoint of an interrupted run with these settings, or None. Raises UserError for another run's
+    folder."""
     if not out.exists():
+        parent = next(p for p in out.absolute().parents if p.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise UserError(f"cannot make {out}: {parent} cannot be written; name another folder, --out DIR")
         return None
     if not out.is_dir():
         raise UserError(f"{out} is a file: name a folder for the run, --out DIR")
@@ -288,7 +304,8 @@ def resume(out, settings):
     found = evaluate.open_run(out).settings
     for flag in settings:
         if flag != "model" and found.get(flag) != settings[flag]:
-            raise UserError(f"{out} holds a run with --{flag.replace('_', '-')} {found.get(flag)}, not {settings[flag]}: "
+            raise UserError(f"{out} holds a run with --{flag.replace('_', '-')} {found.get(flag)}, not "
+                            f"{settings[flag]}: "
                             "repeat its flags to go on with it, or name another folder, --out DIR")
     path = out / "checkpoint.pt"
     return evaluate.load_checkpoint(path) if path.is_file() else None
@@ -309,21 +326,24 @@ def demo_backbone(root):
 
 
 def pretrain(path, backbone, device):
-    """Pretrain the demo's backbone on one task alone, which classes are in an image, on images of their own."""
+    """Pretrain the demo's backbone on one task alone, which classes are in an image, on images of their
+    own."""
     number, held_out, epochs, batch, peak = 4000, 400, 6, 32, 2e-3
     side = ase.BACKBONES[backbone]["image"]
     print(f"backbone   pretraining {backbone} on {number} images of their own", flush=True)
     # seeds that no scene of the demo has
-    scenes = list(data.parallel(data.scene_classes, [(10 ** 9 + i, side) for i in range(number + held_out)], "render"))
+    seeds = range(10 ** 9, 10 ** 9 + number + held_out)
+    scenes = list(data.parallel(data.scene_classes, [(seed, side) for seed in seeds], "render"))
     images = torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image, _ in scenes])  # (n, 3, S, S)
     present = torch.stack([torch.from_numpy(classes) for _, classes in scenes]).float()      # (n, 20)
     torch.manual_seed(0)
     classes = present.shape[1]
     model = ase.ASE(ase.Config(**ase.BACKBONES[backbone], experts=0, tasks={"classes": classes})).to(device)
     classify = torch.nn.Linear(model.config.dim, classes).to(device)
-    parameters = [*classify.parameters(), *(p for n, p in model.named_parameters() if ase.part(n) == "backbone")]
+    parameters = [p for name, p in model.named_parameters() if ase.part(name) == "backbone"]
+    parameters += classify.parameters()
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.05)
-    steps, begin = number // batch, time.time()
+    steps = number // batch
 
     def logits(x):
         x = data.normalise(x.to(device).float(), "imagenet")
@@ -348,8 +368,9 @@ def pretrain(path, backbone, device):
     right = (found == truth)[:, occurring].float().mean().item()
     both, either = (found & truth).sum(0)[occurring], (found.sum(0) + truth.sum(0))[occurring]
     f1 = (2 * both / either.clamp(min=1)).mean().item()
-    told = {"accuracy": right, "f1": f1, "images": number, "epochs": epochs, "seconds": round(time.time() - begin)}
-    print(f"backbone   pretrained on which of {int(occurring.sum())} classes are in an image: accuracy {right:.1%}, "
+    told = {"accuracy": right, "f1": f1, "images": number, "epochs": epochs}
+    print(f"backbone   pretrained on which of {int(occurring.sum())} classes are in an image: accuracy "
+          f"{right:.1%}, "
           f"mean F1 {f1:.1%} on {held_out} held out; kept as {path}")
     data.write_json(path.with_suffix(".json"), told)
     state = {name: p for name, p in model.state_dict().items() if ase.part(name) == "backbone"}
@@ -357,7 +378,8 @@ def pretrain(path, backbone, device):
 
 
 def resolve(args):
-    """All that decides the trained weights, from the flags and the data set's defaults; every flag and file checked."""
+    """All that decides the trained weights, from the flags and the data set's defaults; every flag and file
+    checked."""
     root = Path(args.data)
     to_make = args.data == "demo" and not root.exists()
     is_demo = to_make or (root / "demo.json").is_file()
@@ -380,7 +402,8 @@ def resolve(args):
         backbone = backbone or defaults["backbone"]
         if backbone not in ase.BACKBONES:
             raise UserError(f"unknown backbone {backbone!r}: expected one of {', '.join(ase.BACKBONES)}")
-        fields = dict(ase.BACKBONES[backbone], tasks={task: TASKS[task].channels for task in TASKS if task in tasks})
+        fields = dict(ase.BACKBONES[backbone])
+        fields["tasks"] = {name: task.channels for name, task in TASKS.items() if name in tasks}
         if args.size:
             fields["image"] = args.size
         names = ("experts", "topk", "shared", "rank", "gating", "lora")
@@ -389,7 +412,8 @@ def resolve(args):
         if weights is None and is_demo and backbone == defaults["backbone"]:
             weights = str(demo_backbone(root))
         if weights is None:
-            raise UserError(f"no weights for {backbone}: a frozen random backbone is no experiment; name pretrained ones, "
+            raise UserError(f"no weights for {backbone}: a frozen random backbone is no experiment; name "
+                            "pretrained ones, "
                             "--weights FILE (README tells where from), or mean it: --weights none")
         if weights != "none" and (weights != str(demo_backbone(root)) or Path(weights).is_file()):
             with torch.device("meta"):  # nothing but shapes: a check of the file
@@ -398,8 +422,8 @@ def resolve(args):
     except ValueError as error:
         raise UserError(str(error)) from None
     settings.update({name: getattr(config, name) for name in names}, size=config.image, backbone=backbone,
-                    tasks=",".join(config.tasks), weights=weights, mean_std=args.mean_std, mi=args.mi, seed=args.seed,
-                    model=asdict(config))
+                    tasks=",".join(config.tasks), weights=weights, mean_std=args.mean_std, mi=args.mi,
+                    seed=args.seed, model=asdict(config))
     return settings
 
 
@@ -420,7 +444,8 @@ def real(low, strictly):
         except ValueError:
             number = math.nan
         if not (low < number < math.inf or number == low and not strictly):
-            raise argparse.ArgumentTypeError(f"found {text!r}, expected a number {'above' if strictly else 'from'} {low}")
+            raise argparse.ArgumentTypeError(f"found {text!r}, expected a number "
+                                             f"{'above' if strictly else 'from'} {low}")
         return number
     return parse
 
@@ -440,35 +465,45 @@ def main(argv=None):
     group.add_argument("--shared", type=whole(0), default=1, metavar="S", help="shared experts (default 1)")
     group.add_argument("--rank", type=whole(0), default=4, metavar="R", help="rank of an expert (default 4)")
     group.add_argument("--gating", default="joint", metavar="|".join(ase.GATINGS),
-                       help="joint: one softmax over selected and shared experts, ASE; fixed: softmax before top-k, "
+                       help="joint: one softmax over selected and shared experts, ASE; fixed: softmax "
+                            "before top-k, "
                             "shared gates are 1 (default joint)")
     group.add_argument("--lora", type=whole(0), metavar="R",
-                       help="rank of the LoRA on the backbone; 0 trains it in full (default 4, or 0 without experts)")
+                       help="rank of the LoRA on the backbone; 0 trains it in full (default 4, or 0 "
+                            "without experts)")
     group.add_argument("--mi", type=real(0, False), default=0.005, metavar="W",
                        help="weight of the mutual information loss (default 0.005, Mod-Squad's)")
     group.add_argument("--tasks", metavar="A,B", help=f"some of {','.join(TASKS)} (default all)")
-    group.add_argument("--backbone", metavar="NAME", help=f"{', '.join(ase.BACKBONES)} {both('backbone')}; given "
+    group.add_argument("--backbone", metavar="NAME", help=f"{', '.join(ase.BACKBONES)} {both('backbone')}; "
+                                                          "given "
                                                           "--weights decide it too")
     group.add_argument("--weights", metavar="FILE",
-                       help="pretrained ViT, .safetensors or torch.save; none: random (default: a demo's own backbone)")
+                       help="pretrained ViT, .safetensors or torch.save; none: random (default: a demo's "
+                            "own backbone)")
     group.add_argument("--mean-std", default="imagenet", choices=data.MEAN_STD,
-                       help="what the weights' images were normalised with: imagenet (DeiT, MAE, DINO) or half (timm's "
+                       help="what the weights' images were normalised with: imagenet (DeiT, MAE, DINO) or "
+                            "half (timm's "
                             "augreg, Google's) (default imagenet)")
     group = parser.add_argument_group("the data")
     group.add_argument("--data", default="demo", metavar="DIR",
-                       help="a folder in PASCAL-Context's layout; demo is made if it isn't there (default demo)")
+                       help="a folder in PASCAL-Context's layout; demo is made if it isn't there (default "
+                            "demo)")
     group.add_argument("--cache", metavar="DIR", help="where parsed images are kept (default: DIR/cache)")
     group.add_argument("--size", type=whole(1), metavar="PIXELS",
                        help="side of the network's square input (default: the backbone's, 112 or 224)")
-    group.add_argument("--workers", type=whole(1), default=2, metavar="N", help="threads that read ahead (default 2)")
+    group.add_argument("--workers", type=whole(1), default=2, metavar="N", help="threads that read ahead "
+                                                                                "(default 2)")
     group = parser.add_argument_group("the training (the paper says no more than: 40 epochs)")
     group.add_argument("--out", default="run", metavar="DIR", help="the run folder (default run)")
-    group.add_argument("--epochs", type=whole(1), metavar="N", help=f"passes over the images {both('epochs')}")
-    group.add_argument("--batch", type=whole(1), metavar="N", help=f"images a step, on all devices {both('batch')}")
+    group.add_argument("--epochs", type=whole(1), metavar="N", help="passes over the images "
+                                                                    f"{both('epochs')}")
+    group.add_argument("--batch", type=whole(1), metavar="N", help="images a step, on all devices "
+                                                                   f"{both('batch')}")
     group.add_argument("--micro-batch", type=whole(1), metavar="N",
                        help="images at a time on one device; gradients add up to the batch's (default: all)")
     group.add_argument("--lr", type=real(0, True), metavar="X", help=f"highest learning rate {both('lr')}")
-    group.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of everything random (default 0)")
+    group.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of everything random "
+                                                                             "(default 0)")
     group.add_argument("--device", metavar="NAME", help="cpu, cuda, … (default: cuda where there is one)")
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
     group.add_argument("--checkpointing", action="store_true",
@@ -482,13 +517,14 @@ def run(args):
     device = evaluate.pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
     settings = resolve(args)
     if settings["batch"] % world:
-        raise UserError(f"--batch {settings['batch']} does not divide among {world} processes: choose a multiple")
+        raise UserError(f"--batch {settings['batch']} does not divide among {world} processes: choose a "
+                        "multiple")
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         return train(settings, args, rank, world, device)
     except KeyboardInterrupt:
-        print(f"\ninterrupted; the same command goes on from {args.out}'s last finished epoch", file=sys.stderr)
+        print(f"\ninterrupted; the same command goes on from the last epoch in {args.out}", file=sys.stderr)
         return 130
     finally:
         if world > 1:
