@@ -975,7 +975,7 @@ def scene(seed, height, width):
     teach: a thing scores √(its share of the image) × nearness to the centre × colour contrast to the rest;
     the best and all above 60% of it stand out.
     """
-    image, names, owner, part, depth, normals = _render(seed, height, width, fine=2, shadow=192, crowd=5)
+    image, names, owner, part, depth, normals = _render(seed, height, width, fine=2, shadow=192, crowd=3)
     voc, context = np.array([THINGS[name][:2] for name in names]).T
     instance = np.where(voc[owner] > 0, owner, 0)
     border = scipy.ndimage.maximum_filter(instance, 3) != scipy.ndimage.minimum_filter(instance, 3)

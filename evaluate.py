@@ -758,7 +758,8 @@ def baseline_of(args, runs, results, device):
     if not marker.is_file():
         return "resnet18", BASELINES["resnet18"]
     made = json.loads(marker.read_text())
-    return ("demo", BASELINES["demo"]) if data.DEMO.items() <= made.items() else (None, {})
+    default = "demo" if data.DEMO.items() <= made.items() else None
+    return default, BASELINES.get(default, {})
 
 
 def print_table(runs, results, name, baseline):

@@ -37,7 +37,7 @@ from data import TASKS, UserError
 
 # What the paper does not say is ours: optimiser, learning rate, warm-up, clipping.
 DEFAULTS = {
-    "demo": dict(backbone="vit_tiny", epochs=8, batch=16, lr=2e-3, val_subset=50),
+    "demo": dict(backbone="vit_tiny", epochs=8, batch=8, lr=2e-3, val_subset=50),
     "pascal": dict(backbone="vit_base", epochs=40, batch=32, lr=5e-4, val_subset=500),
 }
 WEIGHT_DECAY = 0.01
