@@ -1,7 +1,6 @@
 """Adaptive Shared Experts (ASE): the whole model, from the gates to the heads.
 
-    python ase.py            what the model is made of: parameters by part, for every row of the paper's Table
-    1
+    python ase.py            what the model is made of: parameters by part, for every row of Table 1
 
 A vision transformer (ViT) pretrained on one task serves T dense-prediction tasks. Its weights stay frozen;
 beside them are trained: a LoRA of rank 4 on every linear layer, N LoRA experts of rank r in parallel with
@@ -127,8 +126,7 @@ def gate(logits, shared, topk, gating):
 
 
 class LoRAExperts(nn.Module):
-    """N LoRA experts beside an FFN, shared by all tasks, and one router for each task: Σ_i g_i E_i(x) of Eq.
-    10.
+    """N LoRA experts beside an FFN, shared by all tasks, and a router for each task: Σ_i g_i E_i(x) of Eq. 10.
 
     All experts are computed: side by side they are one matrix of N·R rows, which costs about 2% of the FFN in
     the paper's settings (N·R = 64); an expert that was not selected has gate 0. No loop, no scatter, no
@@ -149,8 +147,7 @@ class LoRAExperts(nn.Module):
         nn.init.zeros_(self.up)
 
     def logits(self, x):
-        """Router logits, never below float32, with learned noise in training only. x (T, B, L, D) → (T, B·L,
-        N)."""
+        """Router logits, float32 or more, with learned noise in training only. x (T, B, L, D) → (T, B·L, N)."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(1, 2)          # (T, B·L, D)
             z = torch.bmm(x, self.router.to(x.dtype))                                    # (T, B·L, N)
@@ -205,6 +202,7 @@ def mutual_information(probs):
 
     I = Σ_t Σ_i P(t) P(E_i|t) log(P(E_i|t) / P(E_i)),  P(t) = 1/T,  P(E_i) = Σ_t P(t) P(E_i|t)
     """
+    probs = probs.clamp_min(torch.finfo(probs.dtype).tiny)  # log 0 has no gradient
     marginal = probs.mean(1, keepdim=True)                                               # (L, 1, E)
     return (torch.xlogy(probs, probs) - torch.xlogy(probs, marginal)).sum(-1).mean(-1)   # (L,)
 
@@ -303,8 +301,7 @@ class Head(nn.Module):
 
 
 class ASE(nn.Module):
-    """A ViT with LoRA experts, routers and heads for the tasks of `config`. Parameter names of the ViT are
-    timm's."""
+    """A ViT, its parameters named as timm names them, with LoRA experts, routers and heads for `config.tasks`."""
 
     def __init__(self, config):
         super().__init__()
@@ -338,7 +335,7 @@ class ASE(nn.Module):
             x, p, g = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
             probs.append(p)
             gates.append(g)
-        probs, gates = (torch.stack(list).expand(-1, len(self.heads), -1) for list in (probs, gates))
+        probs, gates = (torch.stack(x).expand(-1, len(self.heads), -1) for x in (probs, gates))
         return self.norm(x), Routing(probs, gates)                                       # (blocks, T, ·)
 
     def forward(self, images):
@@ -378,8 +375,7 @@ TRANSFORMERS = (("embeddings.cls_token", "cls_token"), ("embeddings.position_emb
 
 
 def read_safetensors(path):
-    """{name: tensor} of a .safetensors file: eight bytes of header length, a JSON header, raw little-endian
-    numbers."""
+    """{name: tensor} of a .safetensors file: 8 bytes of header length, a JSON header, little-endian numbers."""
     types = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -424,11 +420,12 @@ def read_backbone(path):
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}: {accepted}")
     state = {re.sub(r"^((module|backbone|vit)\.)+", "", str(name)): x for name, x in state.items()
-             if isinstance(x, torch.Tensor)}
+             if isinstance(x, torch.Tensor) and x.layout == torch.strided and x.is_floating_point()}
     for name in [name for name in state if ".attention.attention.query." in name]:
-        parts = [state.pop(name.replace("query", which)) for which in ("query", "key", "value")
-                 if name.replace("query", which) in state]
-        state[name.replace("attention.attention.query", "attn.qkv")] = torch.cat(parts)
+        parts = [state.get(name.replace("query", which)) for which in ("query", "key", "value")]
+        if all(x is not None and x.shape[1:] == parts[0].shape[1:] and x.dim() for x in parts):
+            state[name.replace("attention.attention.query", "attn.qkv")] = torch.cat(parts)
+    state = {name: x for name, x in state.items() if ".attention.attention." not in name}
     for theirs, timm in TRANSFORMERS:
         state = {name.replace(theirs, timm): x for name, x in state.items()}
     if any(name not in state or state[name].dim() != dims
@@ -451,7 +448,7 @@ def backbone_for(path):
 
 
 def load_backbone(model, path):
-    """Copy pretrained weights into the frozen part of `model`; return one line that tells what was done.
+    """Copy pretrained weights into the backbone of `model`; return one line that tells what was done.
 
     `path`: a state dict from torch.save, bare or under "model" or "state_dict", or a .safetensors file; names
     of timm (DeiT, MAE and DINO have them too) or of transformers. Position embeddings of another grid are
@@ -462,14 +459,15 @@ def load_backbone(model, path):
     found, wanted = shape_of(state), shape_of(own)
     if found != wanted:
         fits = [name for name, b in BACKBONES.items() if (b["dim"], b["depth"], b["patch"]) == found]
-        raise ValueError("{} holds a ViT of width {}, {} blocks, patch {}; the model has width {}, {} "
-                         "blocks, "
-                         "patch {}".format(path, *found, *wanted) + (": use --backbone "
-                                                                     f"{fits[0]}" if fits else ""))
+        advice = f": use --backbone {fits[0]}" if fits else ""
+        raise ValueError("{} holds a ViT of width {}, {} blocks, patch {}; the model has width {}, {} blocks, "
+                         "patch {}{}".format(path, *found, *wanted, advice))
     missing = [name for name in own if name not in state]
     if missing:
-        raise ValueError(f"{path} lacks {len(missing)} weights of the ViT, {missing[0]} first: not a whole "
-                         "ViT")
+        raise ValueError(f"{path} lacks {len(missing)} weights of the ViT, {missing[0]} first: not a whole ViT")
+    foreign = [name for name in state if name.startswith("blocks.") and name not in own]
+    if foreign:
+        raise ValueError(f"{path} has {foreign[0]}, which this ViT lacks: another architecture")
     told = f"{len(own)} tensors loaded from {path}"
     if state["pos_embed"].shape != own["pos_embed"].shape:
         old, new = (math.isqrt(max(0, p.shape[1] - 1)) for p in (state["pos_embed"], own["pos_embed"]))
@@ -514,7 +512,7 @@ def main(argv=None):
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = lambda message: parser.exit(2, f"error: {message}: `python ase.py --help` tells what is\n")
     parser.parse_args(argv)
-    names = list(dict.fromkeys(["backbone", *PARTS.values()]))
+    names = ("backbone", "LoRA", "experts", "routers", "embeddings", "heads")
     print("Millions of parameters at ViT-base, 224×224, five tasks; (N/k/S/r) as in the paper's Table 1\n")
     print(f"{'':20}" + "".join(f"{name:>11}" for name in names) + f"{'total':>9}{'trained':>9}{'paper':>7}")
     for row, settings in TABLE1.items():
