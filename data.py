@@ -1,9 +1,8 @@
-"""What the five tasks are, PASCAL-Context on disk, batches on the device, and a demo world in the same
-layout.
+"""The five tasks, PASCAL-Context on disk, batches on the device, and a demo world in the same layout.
 
-    python data.py DIR               check a data set, say what is missing, draw 8 of its images:
-    ./contact_NAME.png python data.py demo              the same for the demo, which is rendered first if it
-    isn't there python data.py DIR --make N M    render a demo of N training and M validation images into DIR
+    python data.py DIR               check a data set, say what is missing, draw ./contact_NAME.png
+    python data.py demo              the same for the demo, which is rendered first if it isn't there
+    python data.py DIR --make N M    render a demo of N training and M validation images into DIR
 
 Every image of a data set is a stack of 11 planes of bytes at the image's own size (`MAPS`): what the files
 hold, what the cache keeps, and what goes to the device. There one affine grid warps all planes at once and
@@ -101,8 +100,7 @@ def command(parser, job, argv=None):
 
 
 def progress(items, total, what):
-    """Pass `items` on, showing on a terminal how many of `total` have come and how long the rest will
-    take."""
+    """Pass `items` on, showing on a terminal how many of `total` have come and how long it will take."""
     start = time.time()
     for n, item in enumerate(items, 1):
         yield item
@@ -119,8 +117,7 @@ def _start_worker():
 
 
 def workers():
-    """A pool of processes, one for each core. They are spawned: a fork would inherit torch's threads half
-    alive."""
+    """A pool of processes, one a core; spawned, since a fork would inherit torch's threads half alive."""
     for library in ("OMP", "OPENBLAS", "MKL"):
         os.environ.setdefault(f"{library}_NUM_THREADS", "1")  # read by those who start now
     return concurrent.futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"),
@@ -128,8 +125,7 @@ def workers():
 
 
 def ahead(function, items, pool, depth=8):
-    """`function` of every item, in order, worked out by `pool` at most `depth` items ahead of what is asked
-    for."""
+    """`function` of every item, in order, worked out by `pool` at most `depth` items ahead."""
     futures = collections.deque()
     try:
         for item in items:
@@ -153,8 +149,7 @@ def parallel(function, items, what):
 
 
 def write_atomically(path, write):
-    """`write(file)` into a temporary file, put on the disk and renamed: `path` is whole or as it was, at any
-    moment."""
+    """`write(file)` into a temporary file, sync and rename it: `path` is whole or as it was, at any moment."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -299,8 +294,7 @@ def read_map(root, name, id, size):
 
 
 def read_planes(root, id, image=None):
-    """All maps of image `id` from their files, or `image` (3, H, W) itself where given: (PLANES, H, W)
-    bytes."""
+    """All maps of image `id` from their files (`image`, (3, H, W), where given): (PLANES, H, W) bytes."""
     if image is None:
         image = read_map(root, "image", id, None)
     size = image.shape[:0:-1]
@@ -472,8 +466,7 @@ class PascalContext:
         return np.load(self.cache / f"{self.ids[i]}.npy")
 
     def canvas(self, indices):
-        """Images of any sizes in one tensor, (B, PLANES, H, W) bytes, and their own heights and widths, (B,
-        2)."""
+        """Images of any sizes in one tensor, (B, PLANES, H, W) bytes, and their own (H, W), (B, 2)."""
         images = [torch.from_numpy(self.planes(i)) for i in indices]
         sizes = torch.tensor([image.shape[1:] for image in images])
         canvas = torch.zeros(len(images), PLANES, *sizes.amax(0).tolist(), dtype=torch.uint8)
@@ -482,8 +475,7 @@ class PascalContext:
         return canvas, sizes
 
     def batches(self, plan, device, mean_std, warps=None, threads=2):
-        """A `Batch` for each list of indices in `plan`. warps: (images of the split, 2, 2), see `warp`, or
-        None."""
+        """A `Batch` for each list of indices in `plan`. warps: a matrix (2, 2) for each image, or None."""
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
             for indices, (canvas, sizes) in zip(plan, ahead(self.canvas, plan, pool)):
                 matrices = None if warps is None else warps[indices].to(device)
@@ -491,8 +483,7 @@ class PascalContext:
 
 
 def random_warps(number, generator):
-    """Augmentation as 2×2 matrices: flip (p = 0.5), rotation U(−20°, 20°), scale U(0.75, 1.25). → (number, 2,
-    2)."""
+    """Flip (p = 0.5), rotation U(−20°, 20°) and scale U(0.75, 1.25) as matrices for `warp`, (number, 2, 2)."""
     flip, angle, scale = torch.rand(3, number, generator=generator)
     angle = math.radians(20) * (2 * angle - 1)
     cos, sin = angle.cos(), angle.sin()
@@ -587,8 +578,7 @@ def build_cache(root, ids, cache=None):
 
 
 def _examine(job):
-    """One image's files: faults {map: Fault}, remarks, has parts, and (sum, number) of channel 1 of floor
-    normals."""
+    """One image: faults {map: Fault}, remarks, has parts, (sum, number) of channel 1 of floor normals."""
     root, id, quick = job
     faults, planes, size = {}, {}, None
     for name in MAPS:
@@ -616,8 +606,7 @@ def _examine(job):
 
 
 def check(root, quick=False):
-    """Print what the data set at `root` holds and lacks; return whether a training could start, and good
-    images."""
+    """Print what the data set holds and lacks; return whether a training could start, and the good images."""
     faulty, good = False, []
     splits = {split: read_ids(root, split) for split in ("train", "val")}
     both = sorted(set(splits["train"]) & set(splits["val"]))
@@ -829,8 +818,7 @@ def _paint(rng, name):
 
 
 def _solids(rng, name, where, heading):
-    """The solids of one thing that stands at `where`: part, bulge, paint, axes (as columns) and centre of
-    each."""
+    """The solids of a thing that stands at `where`: part, bulge, paint, axes (as columns), centre of each."""
     rows = [row.replace("±", sign).split() for row in THINGS[name][2] for sign in "+-"[:1 + ("±" in row)]]
     paint, _, parts = zip(*(row[1].partition("/") for row in rows))
     parts = [part.replace("+", "l").replace("-", "r") for part in parts]
@@ -996,8 +984,7 @@ def scene(seed, height, width):
 
 
 def scene_classes(job):
-    """A square image (size, size, 3) and which of the 20 VOC classes show in it, for pretraining. job: (seed,
-    size)."""
+    """For pretraining: an image (size, size, 3), which of 20 VOC classes show in it. job: (seed, size)."""
     seed, size = job
     image, names, owner, *_ = _render(seed, size, size, fine=1, shadow=96, crowd=2)
     voc = np.array([THINGS[name][0] for name in names])[owner]
@@ -1032,8 +1019,7 @@ def _write_scene(job):
 
 
 def make_demo(root, train=DEMO["train"], val=DEMO["val"], size=DEMO["size"]):
-    """Render a data set in PASCAL-Context's layout; it gets its name when it is complete. size: longest side,
-    pixels."""
+    """Render a data set in PASCAL-Context's layout, named when complete. size: longest side, pixels."""
     root = Path(root)
     if root.exists():
         raise UserError(f"{root} exists: name a folder that doesn't, or delete it")

@@ -1,9 +1,8 @@
 """How predictions are judged: losses, metrics, Δm, the table, the pictures.
 
-    python evaluate.py run/                            the five metrics, Δm and pictures of a run, all kept in
-    run/ python evaluate.py runs/* --baseline runs/stl_*    one table; single-task runs together make the
-    baseline python evaluate.py run/ photo.jpg                  what the run sees in anyone's photo:
-    run/photo.png
+    python evaluate.py run/                            five metrics, Δm and pictures, all kept in run/
+    python evaluate.py runs/* --baseline runs/stl_*    one table; single-task runs make the baseline
+    python evaluate.py run/ photo.jpg                  what the run sees in a photo: run/photo.png
 
 Protocol: that of Vandenhende et al. 2021 and M3ViT (Fan et al. 2022), whose numbers Table 1 of the ASE paper
 continues. The network sees S×S; its predictions are brought to each image's own size and compared there with

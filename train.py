@@ -1,13 +1,13 @@
 """Train a model on dense tasks into a run folder, or continue what was interrupted there.
 
-    python train.py --experts 32 --topk 6 --shared 2 --rank 2         ASE on the demo world, which is made
-    where missing python train.py --gating fixed --shared 0 --topk 4                vanilla LoRA-MoE, the
-    paper's baseline python train.py --gating fixed                                    naive shared expert:
-    its gate is always 1 python train.py --gating joint --shared 0 --topk 4                the control the
-    paper lacks: kept gates sum to 1 python train.py --experts 0                                       the
-    plain multi-task ViT python train.py --experts 0 --tasks semseg                        a single-task model
-    python train.py --data PASCAL_MT --weights vit_base.safetensors   the paper's setting torchrun
-    --nproc_per_node=8 train.py …                            the same training on several GPUs
+    python train.py --experts 32 --topk 6 --shared 2 --rank 2         ASE, on the demo, made where missing
+    python train.py --gating fixed --shared 0 --topk 4                vanilla LoRA-MoE, the paper's baseline
+    python train.py --gating fixed                                    naive shared expert: its gate is 1
+    python train.py --gating joint --shared 0 --topk 4                the control that the paper lacks
+    python train.py --experts 0                                       the plain multi-task ViT
+    python train.py --experts 0 --tasks semseg                        a single-task model
+    python train.py --data PASCAL_MT --weights vit_base.safetensors   the paper's setting
+    torchrun --nproc_per_node=8 train.py …                            the same on several GPUs
 
 The run folder holds config.json, log.jsonl (a record a step and an epoch) and checkpoint.pt, and is all that
 evaluate.py needs. Every step's randomness is a function of the seed and the step alone, so a run that was
@@ -47,10 +47,8 @@ PRETRAINED_LR = 0.1  # pretrained weights that are trained (--lora 0) move at th
 LOG_EVERY = 10       # steps
 
 
-
 def learning_rate(step, steps, peak):
-    """Linear warm-up, then a cosine to zero: the last epoch needs no choice of a best one, and, unlike poly,
-    there is no exponent to choose."""
+    """Linear warm-up, then a cosine to zero: like poly, but with no exponent to choose."""
     warmup = max(1, round(WARMUP * steps))
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -58,8 +56,7 @@ def learning_rate(step, steps, peak):
 
 
 def shuffle(number, epoch, seed):
-    """The order of the images in an epoch, and the augmentation of each: the same on any number of
-    processes."""
+    """Order and augmentation of an epoch's images, the same on any number of processes."""
     generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
     return torch.randperm(number, generator=generator).tolist(), data.random_warps(number, generator)
 
@@ -211,8 +208,7 @@ class Log:
         self.waited += time.time() - start
 
     def add(self, losses, routing, information, share):
-        """Add up what a micro-batch, `share` of the effective batch, brought; nothing waits for the device
-        here."""
+        """Add up what a micro-batch brought, `share` of the effective one; no wait for the device here."""
         self.losses = self.losses + torch.stack(list(losses.values())).detach()
         for name, x in (("gates", routing.gates), ("information", information)):
             self.routing[name] = self.routing.get(name, 0) + share * x.detach()
@@ -290,8 +286,7 @@ def validate(model, dataset, batch, batches):
 
 
 def resume(out, settings):
-    """The checkpoint of an interrupted run with these settings, or None. Raises UserError for another run's
-    folder."""
+    """The checkpoint of an interrupted run with these settings, or None. Raises UserError for another run."""
     if not out.exists():
         parent = next(p for p in out.absolute().parents if p.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -326,8 +321,7 @@ def demo_backbone(root):
 
 
 def pretrain(path, backbone, device):
-    """Pretrain the demo's backbone on one task alone, which classes are in an image, on images of their
-    own."""
+    """Pretrain the demo's backbone on one task alone: which classes are in an image. Writes `path`."""
     number, held_out, epochs, batch, peak = 4000, 400, 6, 32, 2e-3
     side = ase.BACKBONES[backbone]["image"]
     print(f"backbone   pretraining {backbone} on {number} images of their own", flush=True)
@@ -378,8 +372,7 @@ def pretrain(path, backbone, device):
 
 
 def resolve(args):
-    """All that decides the trained weights, from the flags and the data set's defaults; every flag and file
-    checked."""
+    """All that decides the trained weights, from flags and the data's defaults; flags and files checked."""
     root = Path(args.data)
     to_make = args.data == "demo" and not root.exists()
     is_demo = to_make or (root / "demo.json").is_file()
