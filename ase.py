@@ -126,7 +126,7 @@ def gate(logits, shared, topk, gating):
 
 
 class LoRAExperts(nn.Module):
-    """N LoRA experts beside an FFN, shared by all tasks, and a router for each task: Σ_i g_i E_i(x) of Eq. 10.
+    """N LoRA experts beside an FFN, shared by all tasks, and a router for each task: Σ g_i E_i(x) of Eq. 10.
 
     All experts are computed: side by side they are one matrix of N·R rows, which costs about 2% of the FFN in
     the paper's settings (N·R = 64); an expert that was not selected has gate 0. No loop, no scatter, no
@@ -147,7 +147,7 @@ class LoRAExperts(nn.Module):
         nn.init.zeros_(self.up)
 
     def logits(self, x):
-        """Router logits, float32 or more, with learned noise in training only. x (T, B, L, D) → (T, B·L, N)."""
+        """Router logits, float32 or more, noisy in training only. x (T, B, L, D) → (T, B·L, N)."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(1, 2)          # (T, B·L, D)
             z = torch.bmm(x, self.router.to(x.dtype))                                    # (T, B·L, N)
@@ -301,7 +301,7 @@ class Head(nn.Module):
 
 
 class ASE(nn.Module):
-    """A ViT, its parameters named as timm names them, with LoRA experts, routers and heads for `config.tasks`."""
+    """A ViT, parameters named as in timm, with LoRA experts, routers and heads for `config.tasks`."""
 
     def __init__(self, config):
         super().__init__()
@@ -375,7 +375,7 @@ TRANSFORMERS = (("embeddings.cls_token", "cls_token"), ("embeddings.position_emb
 
 
 def read_safetensors(path):
-    """{name: tensor} of a .safetensors file: 8 bytes of header length, a JSON header, little-endian numbers."""
+    """{name: tensor} of a .safetensors file: 8 bytes of header length, JSON, little-endian numbers."""
     types = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -460,11 +460,11 @@ def load_backbone(model, path):
     if found != wanted:
         fits = [name for name, b in BACKBONES.items() if (b["dim"], b["depth"], b["patch"]) == found]
         advice = f": use --backbone {fits[0]}" if fits else ""
-        raise ValueError("{} holds a ViT of width {}, {} blocks, patch {}; the model has width {}, {} blocks, "
-                         "patch {}{}".format(path, *found, *wanted, advice))
+        raise ValueError("{} holds a ViT of width {}, {} blocks, patch {}; the model has width {}, "
+                         "{} blocks, patch {}{}".format(path, *found, *wanted, advice))
     missing = [name for name in own if name not in state]
     if missing:
-        raise ValueError(f"{path} lacks {len(missing)} weights of the ViT, {missing[0]} first: not a whole ViT")
+        raise ValueError(f"{path} lacks {len(missing)} weights of a ViT, such as {missing[0]}: not a whole one")
     foreign = [name for name in state if name.startswith("blocks.") and name not in own]
     if foreign:
         raise ValueError(f"{path} has {foreign[0]}, which this ViT lacks: another architecture")

@@ -149,7 +149,7 @@ def parallel(function, items, what):
 
 
 def write_atomically(path, write):
-    """`write(file)` into a temporary file, sync and rename it: `path` is whole or as it was, at any moment."""
+    """`write(file)` into a temporary file and rename it: `path` is whole or as it was, at any moment."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -483,7 +483,7 @@ class PascalContext:
 
 
 def random_warps(number, generator):
-    """Flip (p = 0.5), rotation U(−20°, 20°) and scale U(0.75, 1.25) as matrices for `warp`, (number, 2, 2)."""
+    """Flip (p = 0.5), rotation U(−20°, 20°), scale U(0.75, 1.25): matrices for `warp`, (number, 2, 2)."""
     flip, angle, scale = torch.rand(3, number, generator=generator)
     angle = math.radians(20) * (2 * angle - 1)
     cos, sin = angle.cos(), angle.sin()
