@@ -459,6 +459,9 @@ BASELINES = {
     "resnet18": {"semseg": 60.1, "human_parts": 51.0, "sal": 63.2, "edge": 50.8, "normals": 15.4},
     # the survey of Vandenhende et al. 2021, its single-task baseline
     "survey": {"semseg": 66.2, "human_parts": 59.9, "sal": 66.3, "edge": 68.8, "normals": 13.9},
+    # single-task models of the default demo, seed 0, 2026-11-25, 2 cores, torch 2.13.0:
+    # for each TASK, python train.py --experts 0 --tasks TASK --out runs/stl_TASK
+    "demo": {"semseg": 22.90, "human_parts": 20.39, "sal": 52.92, "edge": 31.63, "normals": 21.57},
 }
 
 
