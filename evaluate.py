@@ -542,7 +542,7 @@ def judge_run(run, args, device):
     if args.ids:
         dataset.ids = select_ids(dataset.ids, args.ids)
     if args.quick:
-        dataset.ids = dataset.ids[::max(1, len(dataset) // 50)]
+        dataset.ids = dataset.ids[::-(-len(dataset) // 50)]
     model = load_model(run, device)
     mean_std = run.settings["mean_std"]
     totals, constants = judge(model, dataset, mean_std, device, protocol)

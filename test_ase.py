@@ -1579,6 +1579,19 @@ def test_a_killed_training_resumes_to_the_same_bits(mini, tmp_path):
     assert steps == [3, 6, 9, 12, 15]
 
 
+def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(mini, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), "--data", str(mini), "--cache", str(tmp_path / "cache")]
+    command += ["--out", str(tmp_path / "run"), *SHORT, "--epochs", "999"]
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while process.poll() is None and not (tmp_path / "run/checkpoint.pt").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error.decode().strip().count("\n") == 0 and "the same command goes on" in error.decode()
+
+
 def test_micro_batches_mean_the_same_as_one(mini, tmp_path, monkeypatch):
     monkeypatch.setattr(
         torch, "randn_like", torch.zeros_like
