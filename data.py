@@ -903,14 +903,15 @@ def _trace(axes, centres, bulges, eye, target, height, width, pixels):
     return view, rays, ids, depth
 
 
-def _render(seed, height, width, fine, shadow, crowd):
+def _render(seed, height, width, fine, shadow, crowd, zoom=1):
     """A photo (H, W, 3), the names of the things, and for each pixel: which thing, which part, depth, normal.
 
     `fine` × `fine` rays a pixel, a shadow map of `shadow` × `shadow`, and about `crowd` things, the more the
     farther.
     """
     rng = np.random.default_rng(seed)
-    zoom, h, w = rng.uniform(1, 1.35) * max(height, width), height * fine, width * fine
+    zoom *= rng.uniform(1, 1.35) * max(height, width)  # pixels that a metre takes at a distance of one
+    h, w = height * fine, width * fine
     names, solids = zip(*_furnish(rng, width / zoom, crowd))
     owner, solids = zip(*((k, solid) for k, group in enumerate(solids) for solid in group))
     parts, *arrays = zip(*solids)
@@ -984,11 +985,14 @@ def scene(seed, height, width):
 
 
 def scene_classes(job):
-    """For pretraining: an image (size, size, 3), which of 20 VOC classes show in it. job: (seed, size)."""
+    """For pretraining: an image (size, size, 3), which of 20 VOC classes show in it. job: (seed, size).
+
+    As in ImageNet the things are large: through a telephoto lens, and a class counts from 1% of the pixels.
+    """
     seed, size = job
-    image, names, owner, *_ = _render(seed, size, size, fine=1, shadow=96, crowd=2)
+    image, names, owner, *_ = _render(seed, size, size, fine=1, shadow=96, crowd=2, zoom=1.8)
     voc = np.array([THINGS[name][0] for name in names])[owner]
-    return image, np.bincount(voc.ravel(), minlength=21)[1:] > size * size / 500
+    return image, np.bincount(voc.ravel(), minlength=21)[1:] > size * size / 100
 
 
 def _struct(rows, *fields):
