@@ -77,8 +77,8 @@ class Config:
             raise ValueError(f"tasks is {self.tasks!r}: expected at least one task → channels")
         for task, channels in self.tasks.items():
             if not str(task).isidentifier() or type(channels) is not int or channels < 1:
-                raise ValueError(f"task {task!r} has {channels!r} channels: expected a plain name → 1 or "
-                                 "more")
+                raise ValueError(f"task {task!r} has {channels!r} channels: "
+                                 "expected a plain name → 1 or more")
         if self.patch < 2 or self.patch & (self.patch - 1):
             raise ValueError(f"patch is {self.patch}: expected a power of two, such as 16")
         if self.image % self.patch:
@@ -94,9 +94,8 @@ class Config:
                 raise ValueError(f"{self.shared} shared experts of {self.experts} leave no sparse one: "
                                  f"shared must be at most {self.experts - 1}")
             if not 1 <= self.topk <= sparse:
-                raise ValueError(f"topk is {self.topk}, but {self.experts} experts less {self.shared} "
-                                 "shared ones are "
-                                 f"{sparse} sparse ones: topk must be 1 to {sparse}")
+                raise ValueError(f"topk is {self.topk}, but {self.experts} experts less {self.shared} shared "
+                                 f"ones are {sparse} sparse ones: topk must be 1 to {sparse}")
             if self.rank < 1:
                 raise ValueError(f"rank is {self.rank}: an expert needs rank 1 or more")
 
@@ -120,8 +119,7 @@ def gate(logits, shared, topk, gating):
         # logits together
         active = F.pad(chosen, (shared, 0), value=True)
         return logits.masked_fill(~active, -math.inf).softmax(-1)
-    # Eq. 1–3: softmax over all sparse experts, then the top k, not normalised again;  Eq. 5: shared experts
-    # count 1
+    # Eq. 1–3: softmax over all sparse experts, then the top k, not normalised again;  Eq. 5: gs_i = 1
     return F.pad(sparse.softmax(-1) * chosen, (shared, 0), value=1.0)
 
 
@@ -152,14 +150,12 @@ class LoRAExperts(nn.Module):
             x = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(1, 2)          # (T, B·L, D)
             z = torch.bmm(x, self.router.to(x.dtype))                                    # (T, B·L, N)
             if self.training:
-                # Shazeer et al. 2017, Eq. 4: z + ε · softplus(W_noise x), with the floor of 0.01 of their
-                # code
+                # Shazeer et al. 2017, Eq. 4: z + ε · softplus(W_noise x); the floor of 0.01 is their code's
                 z = z + torch.randn_like(z) * (F.softplus(torch.bmm(x, self.noise.to(x.dtype))) + 0.01)
         return z
 
     def forward(self, x):
-        """x (T, B, L, D) → update (T, B, L, D), probs (T, N−S), gates (T, N); the last two as in
-        `Routing`."""
+        """x (T, B, L, D) → update (T, B, L, D), probs (T, N−S), gates (T, N), as in `Routing`."""
         c = self.config
         z = self.logits(x)                                                               # (T, B·L, N)
         gates = gate(z, c.shared, c.topk, c.gating)                                      # (T, B·L, N)
@@ -170,8 +166,7 @@ class LoRAExperts(nn.Module):
         return update.view_as(x), probs, gates.mean(1)
 
     def reference(self, x):
-        """The update of `forward`, without noise, as the paper prints it: a loop over tasks, tokens and
-        experts."""
+        """The update without noise as the paper prints it: a loop over tasks, tokens and experts."""
         c = self.config
         update = []
         for t, tokens in enumerate(x.flatten(1, 2)):
@@ -339,8 +334,7 @@ class ASE(nn.Module):
         return self.norm(x), Routing(probs, gates)                                       # (blocks, T, ·)
 
     def forward(self, images):
-        """images (B, 3, H, W) → predictions {task: (B, C, H, W)}, raw (logits, unnormalised normals), and
-        `Routing`."""
+        """images (B, 3, H, W) → raw predictions {task: (B, C, H, W)} and `Routing`."""
         tokens, routing = self.features(images)
         tokens = tokens.expand(len(self.heads), -1, -1, -1)                              # (T, B, L, D)
         return {task: head(x) for (task, head), x in zip(self.heads.items(), tokens)}, routing
@@ -390,8 +384,8 @@ def read_safetensors(path):
             continue
         (start, end), shape, dtype = entry["data_offsets"], entry["shape"], types[entry["dtype"]]
         if not 0 <= start <= end <= len(body) or end - start != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"the bytes {start} to {end} of {name} are not its {shape} {entry['dtype']} "
-                             "numbers")
+            raise ValueError(f"the bytes {start} to {end} of {name} are "
+                             f"not its {shape} {entry['dtype']} numbers")
         tensors[name] = body[start:end].clone().view(dtype).view(shape)
     return tensors
 
@@ -399,8 +393,8 @@ def read_safetensors(path):
 def read_backbone(path):
     """The state dict of a pretrained ViT with timm's names. Raises ValueError for anything that isn't one."""
     path = Path(path)
-    accepted = ("expected a ViT's state dict with timm's or transformers' names, as .safetensors or from "
-                "torch.save")
+    accepted = ("expected a ViT's state dict with timm's or transformers' names, "
+                "as .safetensors or from torch.save")
     if not path.is_file():
         raise ValueError(f"no weights file {path}: {accepted}")
     try:
@@ -430,8 +424,8 @@ def read_backbone(path):
         state = {name.replace(theirs, timm): x for name, x in state.items()}
     if any(name not in state or state[name].dim() != dims
            for name, dims in (("cls_token", 3), ("pos_embed", 3), ("patch_embed.proj.weight", 4))):
-        raise ValueError(f"{path} holds no ViT (its first names: {', '.join(list(state)[:3]) or 'none'}): "
-                         f"{accepted}")
+        raise ValueError(f"{path} holds no ViT (its first names: "
+                         f"{', '.join(list(state)[:3]) or 'none'}): {accepted}")
     return state
 
 
@@ -472,8 +466,8 @@ def load_backbone(model, path):
     if state["pos_embed"].shape != own["pos_embed"].shape:
         old, new = (math.isqrt(max(0, p.shape[1] - 1)) for p in (state["pos_embed"], own["pos_embed"]))
         if not old or state["pos_embed"].shape[1] != 1 + old * old:
-            raise ValueError(f"{path} has {state['pos_embed'].shape[1]} position embeddings: expected 1 + "
-                             "a square")
+            raise ValueError(f"{path} has {state['pos_embed'].shape[1]} "
+                             "position embeddings: expected 1 + a square")
         token, grid = state["pos_embed"].float().split([1, old * old], dim=1)
         grid = grid.mT.unflatten(-1, (old, old))
         grid = F.interpolate(grid, size=(new, new), mode="bicubic", antialias=True)
@@ -483,8 +477,8 @@ def load_backbone(model, path):
         if state[name].shape != p.shape:
             raise ValueError(f"{name} in {path} is {tuple(state[name].shape)}: expected {tuple(p.shape)}")
         if not state[name].isfinite().all():
-            raise ValueError(f"{name} in {path} holds numbers that are not finite: take another copy of "
-                             "the file")
+            raise ValueError(f"{name} in {path} holds numbers that are not finite: "
+                             "take another copy of the file")
     for name, p in own.items():
         p.copy_(state[name])
     left = [name for name in state if name not in own]

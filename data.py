@@ -95,8 +95,8 @@ def command(parser, job, argv=None):
     except UserError as error:
         parser.error(" ".join(str(error).split()))
     except OSError as error:  # a full disk, a folder that cannot be written
-        parser.error(f"{error.filename or 'a file'}: {error.strerror or error}; mend that or name another "
-                     "path")
+        parser.error(f"{error.filename or 'a file'}: "
+                     f"{error.strerror or error}; mend that or name another path")
 
 
 def progress(items, total, what):
@@ -215,8 +215,8 @@ def decode_saliency(path, size):
 def decode_semseg(path, size):
     with Image.open(path) as image:
         classes = np.asarray(image)                    # the palette's indices, not its colours
-    _expect((classes < len(VOC_CLASSES)) | (classes == IGNORE), classes, f"0 to {len(VOC_CLASSES) - 1}, or "
-                                                                         f"{IGNORE}")
+    _expect((classes < len(VOC_CLASSES)) | (classes == IGNORE), classes,
+            f"0 to {len(VOC_CLASSES) - 1}, or {IGNORE}")
     return classes[None]                                                                 # (1, H, W)
 
 
@@ -269,8 +269,8 @@ def find(root, name, id):
     for path in paths:
         if path.is_file():
             return path
-    raise Fault("missing", f"{' and '.join(map(str, paths))} missing: `python data.py {root}` lists all "
-                           "that is")
+    raise Fault("missing", f"{' and '.join(map(str, paths))} missing: "
+                           f"`python data.py {root}` lists all that is")
 
 
 def read_map(root, name, id, size):
@@ -408,8 +408,8 @@ def locate(root):
     """The folder that holds the data set. Raises UserError, which tells a better path where there is one."""
     root = Path(root)
     if not root.exists():
-        raise UserError(f"no data folder {root}: expected a folder in PASCAL-Context's layout, or the word "
-                        "demo")
+        raise UserError(f"no data folder {root}: expected a folder "
+                        "in PASCAL-Context's layout, or the word demo")
     if not root.is_dir():
         raise UserError(f"{root} is a file: expected a folder in PASCAL-Context's layout")
     if not (root / "ImageSets/Context").is_dir():
@@ -425,8 +425,8 @@ def read_ids(root, split):
     try:
         ids = path.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} ({type(error).__name__}): expected one image id a "
-                        "line") from None
+        raise UserError(f"cannot read {path} ({type(error).__name__}): "
+                        "expected one image id a line") from None
     for id in ids:
         if not re.fullmatch(r"\w[\w.-]*", id):
             raise UserError(f"{path} holds the id {id!r}: expected letters, digits, _ . - and no path")
@@ -506,8 +506,7 @@ def warp(canvas, sizes, side, mean_std, matrices=None):
     grid = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), -1)                  # (S, S, 2) x, y
     source = grid * size @ matrices.mT[:, None] + size / 2  # (B, S, S, 2) in pixels
     inside = ((source >= 0) & (source < size)).all(-1)                                   # (B, S, S)
-    # nearest for what must not be mixed; beyond the border its last pixel goes on, so that no edge arises
-    # there
+    # nearest for what must not be mixed; beyond the border its last pixel goes on: no edge arises there
     x, y = source.floor().clamp(min=0).minimum(size - 1).long().unbind(-1)
     nearest = (y * canvas.shape[3] + x).flatten(1)[:, None]                              # (B, 1, S·S)
     planes = canvas.flatten(2).gather(2, nearest.expand(-1, PLANES, -1)).unflatten(2, (side, side))
@@ -563,13 +562,12 @@ def build_cache(root, ids, cache=None):
         (folder / ".writable").unlink()
         free = shutil.disk_usage(folder).free
     except OSError as error:
-        raise UserError(f"cannot write the cache {folder} ({error.strerror}): name another folder, --cache "
-                        "DIR") from None
+        raise UserError(f"cannot write the cache {folder} ({error.strerror}): "
+                        "name another folder, --cache DIR") from None
     print(f"cache      {len(stale)} images, {need / 1e6:,.0f} MB, into {folder}", flush=True)
     if need > free:
-        raise UserError(f"the cache needs {need / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free: make "
-                        "room, or name "
-                        "a folder on another disk, --cache DIR")
+        raise UserError(f"the cache needs {need / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free: "
+                        "make room, or name a folder on another disk, --cache DIR")
     collections.deque(parallel(_cache_image, [(root, id, folder) for id in stale], "cache"), maxlen=0)
     return folder
 
@@ -804,8 +802,8 @@ PAINTS = {"cloth": (0, 0, "plain stripes checks spots"), "plain": (0, 0, "plain"
           "leaf": ((.2, .5, .15), .5, "mottled"), "fur": ((.6, .47, .35), .4, "stripes mottled spots"),
           "wood": ((.55, .37, .2), .7, "grain"), "stone": ((.6, .58, .55), .8, "plain mottled stripes"),
           "sky": ((.6, .8, 1), 1.2, "plain"), "dark": ((.08, .08, .1), 1.5, "plain"),
-          "meadow": ((.3, .5, .2), .6, "mottled"), "ground": ((.6, .55, .5), .7, "tiles tiles checks grain "
-                                                                                 "mottled")}
+          "meadow": ((.3, .5, .2), .6, "mottled"),
+          "ground": ((.6, .55, .5), .7, "tiles tiles checks grain mottled")}
 
 
 def _paint(rng, name):
@@ -1062,8 +1060,8 @@ def run(args):
     if args.make or (args.root == "demo" and not root.exists()):
         train, val = args.make or (DEMO["train"], DEMO["val"])
         if min(train, val) < 1 or not 32 <= args.size <= 4096:
-            raise UserError(f"--make {train} {val} --size {args.size}: expected 1 image or more, 32 to "
-                            "4096 pixels")
+            raise UserError(f"--make {train} {val} --size {args.size}: "
+                            "expected 1 image or more, 32 to 4096 pixels")
         make_demo(root, train, val, args.size)
     fine, good = check(locate(root), args.quick)
     if good and not args.quick:

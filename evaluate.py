@@ -62,8 +62,7 @@ def count_pixels(targets):
 
 
 def cross_entropy(prediction, target, valid, positive):
-    """Mean over the pixels with ground truth; 0 where there is none. prediction (B, C, S, S), target (B, S,
-    S)."""
+    """Mean over the pixels with ground truth, 0 without. prediction (B, C, S, S), target (B, S, S)."""
     return F.cross_entropy(prediction, target, ignore_index=IGNORE, reduction="sum") / valid.clamp(min=1)
 
 
@@ -86,8 +85,7 @@ def edge_bce(prediction, target, valid, positive):
 
 
 def normals_l1(prediction, target, valid, positive):
-    """Mean |component| between the normalised prediction and the truth, where there is one. Both (B, 3, S,
-    S)."""
+    """Mean |component| between the normalised prediction and the truth, if any. Both (B, 3, S, S)."""
     error = (F.normalize(prediction, dim=1) - target).abs() * target.any(1, keepdim=True)
     return error.sum() / (3 * valid).clamp(min=1)
 
@@ -126,8 +124,7 @@ class Protocol(NamedTuple):
 
 
 def confusion(prediction, truth, classes):
-    """(classes, 3) pixels: right, predicted, true; pixels without ground truth left out. Both (H, W)
-    integers."""
+    """(classes, 3) pixels with ground truth: right, predicted, true. Both (H, W) integers."""
     known = truth != IGNORE
     prediction, truth = prediction[known], truth[known]
     right = prediction[prediction == truth]
@@ -135,16 +132,14 @@ def confusion(prediction, truth, classes):
 
 
 def miou(total):
-    """Mean over the classes that occur of right / (predicted + true − right), percent; NaN where none
-    does."""
+    """Mean of right / (predicted + true − right) over the classes that occur, percent; NaN if none does."""
     right, predicted, true = total.T
     union = predicted + true - right
     return 100 * float(np.mean(right[union > 0] / union[union > 0])) if union.any() else math.nan
 
 
 def jaccards(prediction, truth):
-    """(15, 2): for each saliency threshold the Jaccard index of the foreground (1 where both are empty), and
-    1."""
+    """(15, 2): for each saliency threshold the foreground's Jaccard index (1 if both are empty), and 1."""
     truth = truth == 1
     found = prediction > SALIENCY_THRESHOLDS[:, None, None].astype(prediction.dtype)     # (15, H, W)
     both = (found & truth).sum((1, 2))
@@ -153,8 +148,7 @@ def jaccards(prediction, truth):
 
 
 def angles(prediction, truth):
-    """(2,): sum of the angles in degrees between unit vectors (3, H, W), where there is truth, and their
-    number."""
+    """(2,): sum of the angles between unit vectors (3, H, W) with truth, in degrees, and their number."""
     known = truth.any(0)
     p, g = prediction[:, known].astype(np.float64), truth[:, known].astype(np.float64)
     # arccos loses half of its digits near 0° and 180°; this does not
@@ -383,8 +377,7 @@ def values(totals):
 
 
 def to_native(squashed, size):
-    """{task: (C, S, S)} → {task: prediction at size (H, W), as `data.paint` draws it and `Metric.measure`
-    takes it}."""
+    """{task: (C, S, S)} → {task: prediction of size (H, W)}, for `data.paint` and `Metric.measure`."""
     predictions = {}
     for task, x in squashed.items():
         native = F.interpolate(torch.from_numpy(x)[None], size, mode="bilinear")[0]
@@ -405,8 +398,7 @@ def predict(model, images, mean_std, device):
 
 
 def _judge(job):
-    """One image in a worker: its files, each read once, against the model's outputs and against a
-    constant."""
+    """One image in a worker: its files, read once, against the model's outputs and a constant's."""
     root, id, image, squashed, protocol = job
     planes = torch.from_numpy(data.read_planes(root, id, image))
     truth = {task: x[0].numpy() for task, x in data.targets(planes[None]).items()}
@@ -447,8 +439,7 @@ def judge(model, dataset, mean_std, device, protocol=Protocol(), batch=16):
 
 
 def evaluate(model, dataset, mean_std="imagenet", device="cpu", protocol=Protocol()):
-    """{task: metric} of a model on a split (`data.PascalContext`), at native size, in the units of
-    `TASKS`."""
+    """{task: metric} of a model on a `data.PascalContext`, at native size, in the units of `TASKS`."""
     return values(judge(model, dataset, mean_std, torch.device(device), protocol)[0])
 
 
@@ -466,8 +457,7 @@ BASELINES = {
 
 
 def delta_m(metrics, baseline):
-    """Δm = 100/T Σ_t s_t (M_t − B_t) / B_t, s = −1 where lower is better, percent. Raises UserError for a
-    gap."""
+    """Δm = 100/T Σ_t s_t (M_t − B_t) / B_t in percent, s = −1 if lower is better. A gap: UserError."""
     gains = []
     for task, value in metrics.items():
         if task not in baseline:
@@ -494,8 +484,8 @@ def open_run(folder):
         settings = json.loads(path.read_text())
         return Run(Path(folder), settings, ase.Config(**settings["model"]))
     except OSError:
-        raise UserError(f"{folder} is no run folder: it has no config.json; name a folder that train.py "
-                        "made") from None
+        raise UserError(f"{folder} is no run folder: it has no config.json; "
+                        "name a folder that train.py made") from None
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is broken ({error}): train again into another folder, --out DIR") from None
 
@@ -503,8 +493,8 @@ def open_run(folder):
 def load_checkpoint(path):
     """What `train.py` saved. Raises UserError where there is nothing, or a broken file."""
     if not Path(path).is_file():
-        raise UserError(f"no checkpoint {path}: the run has not finished its first epoch; start train.py "
-                        "again")
+        raise UserError(f"no checkpoint {path}: the run has not "
+                        "finished its first epoch; start train.py again")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds on a truncated file
@@ -523,8 +513,7 @@ def load_model(run, device):
 
 
 def judge_run(run, args, device):
-    """The results of a run, from metrics.json where the same was computed before; pictures are drawn beside
-    it."""
+    """The results of a run, from its metrics.json if computed before; pictures are drawn beside it."""
     root = Path(args.data or run.settings["data"])
     protocol = Protocol(not args.no_nms, args.thresholds)
     path = run.folder / "metrics.json"
@@ -720,8 +709,7 @@ def draw_run(run, result, model, dataset, device):
 
 
 def draw_photo(run, path, model, device):
-    """The predictions for a photo as one picture, run/NAME.png: turned as EXIF says, transparency on
-    white."""
+    """A photo's predictions as one picture, run/NAME.png: turned as EXIF says, transparency on white."""
     try:
         with Image.open(path) as photo:
             photo = ImageOps.exif_transpose(photo)
@@ -730,8 +718,8 @@ def draw_photo(run, path, model, device):
             photo.thumbnail((2048, 2048))
             image = np.array(photo.convert("RGB")).transpose(2, 0, 1)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the photo {path} ({error}): expected an image that Pillow "
-                        "opens") from None
+        raise UserError(f"cannot read the photo {path} ({error}): "
+                        "expected an image that Pillow opens") from None
     squashed = predict(model, [image], run.settings["mean_std"], device)[0]
     out = run.folder / f"{path.stem}.png"
     draw_predictions(out, [(image.transpose(1, 2, 0), None, to_native(squashed, image.shape[1:]))])
@@ -739,16 +727,15 @@ def draw_photo(run, path, model, device):
 
 
 def baseline_of(args, runs, results, device):
-    """(name, {task: value}) to compare with: as named by --baseline, else that of the data set, else (None,
-    {})."""
+    """(name, {task: value}) to compare with: --baseline's, else the data set's, else (None, {})."""
     if args.baseline and len(args.baseline) == 1 and args.baseline[0] in BASELINES:
         return args.baseline[0], BASELINES[args.baseline[0]]
     if args.baseline:
         gathered = {}
         for folder in args.baseline:
             if not Path(folder).is_dir():
-                raise UserError(f"unknown baseline {folder}: expected one of {', '.join(BASELINES)}, or "
-                                "run folders")
+                raise UserError(f"unknown baseline {folder}: expected one "
+                                f"of {', '.join(BASELINES)}, or run folders")
             for task, value in judge_run(open_run(folder), args, device)["metrics"].items():
                 gathered.setdefault(task, []).append(value)
         return " ".join(args.baseline), {task: float(np.mean(v)) for task, v in gathered.items()}
@@ -803,8 +790,8 @@ def select_ids(ids, path):
         raise UserError(f"cannot read the list of ids {path}: expected a text file, one id a line") from None
     unknown = sorted(set(wanted) - set(ids))
     if unknown or not wanted:
-        raise UserError(f"{path} lists {unknown[0] if unknown else 'no id'}: expected ids of val.txt, one "
-                        "a line")
+        raise UserError(f"{path} lists {unknown[0] if unknown else 'no id'}: "
+                        "expected ids of val.txt, one a line")
     return wanted
 
 
@@ -815,14 +802,14 @@ def main(argv=None):
                         help=f"what Δm compares with: {', '.join(BASELINES)}, or runs whose metrics "
                              "together make one "
                              "(default: demo on the default demo, resnet18 elsewhere)")
-    parser.add_argument("--data", metavar="DIR", help="the data set (default: the one the run was trained "
-                                                      "on)")
+    parser.add_argument("--data", metavar="DIR",
+                        help="the data set (default: the one the run was trained on)")
     parser.add_argument("--device", help="cpu, cuda, … (default: cuda where there is one)")
-    parser.add_argument("--no-nms", action="store_true", help="odsF without non-maximum suppression, as "
-                                                              "MTLP has it")
+    parser.add_argument("--no-nms", action="store_true",
+                        help="odsF without non-maximum suppression, as MTLP has it")
     parser.add_argument("--thresholds", type=int, choices=(99, 101), default=101,
-                        help="of odsF: 99 is MTLP's 0.01 … 0.99, 101 adds 0.001 and 0.999 (default "
-                             "%(default)s)")
+                        help="of odsF: 99 is MTLP's 0.01 … 0.99, "
+                             "101 adds 0.001 and 0.999 (default %(default)s)")
     parser.add_argument("--ids", metavar="FILE", help="judge only the ids listed in FILE, one a line")
     parser.add_argument("--quick", action="store_true", help="judge at most 50 images, spread over the split")
     return data.command(parser, run, argv)
@@ -833,8 +820,8 @@ def run(args):
     photos = [Path(p) for p in args.paths if Path(p).is_file()]
     runs = [open_run(p) for p in args.paths if Path(p) not in photos]
     if not runs:
-        raise UserError(f"no run folder among {', '.join(args.paths)}: name the one train.py made, such as "
-                        "run/")
+        raise UserError(f"no run folder among {', '.join(args.paths)}: "
+                        "name the one train.py made, such as run/")
     if photos:
         if len(runs) > 1:
             raise UserError(f"{len(runs)} runs and photos: name one run with them")

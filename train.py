@@ -89,8 +89,8 @@ def train(settings, args, rank, world, device):
     batches = dict(device=device, mean_std=settings["mean_std"], threads=args.workers)
     steps = len(splits["train"]) // batch                                                # in an epoch
     if steps == 0:
-        raise UserError(f"--batch {batch} is larger than the {len(splits['train'])} training images: lower "
-                        "it")
+        raise UserError(f"--batch {batch} is larger than the "
+                        f"{len(splits['train'])} training images: lower it")
 
     # -- the model
     torch.manual_seed(settings["seed"])
@@ -189,10 +189,9 @@ class Log:
         total, trained = (sum(n[i] for n in ase.count(model).values()) / 1e6 for i in (0, 1))
         experts = (f"({config.experts}/{config.topk}/{config.shared}/{config.rank}) {config.gating} gates"
                    if config.experts else "no experts")
-        print(f"model      {experts}, LoRA {config.lora}; width {config.dim}, {config.depth} blocks, "
-              f"{config.image}×"
-              f"{config.image} in patches of {config.patch}; {total:.2f} M parameters, {trained:.2f} M "
-              "trained")
+        print(f"model      {experts}, LoRA {config.lora}; width {config.dim}, "
+              f"{config.depth} blocks, {config.image}×{config.image} in patches "
+              f"of {config.patch}; {total:.2f} M parameters, {trained:.2f} M trained")
         print(f"weights    {loaded}")
         print(f"data       {splits['train'].root}: {len(splits['train'])} images in {self.steps} steps an "
               "epoch; "
@@ -229,8 +228,7 @@ class Log:
             at, task = (~losses.isfinite()).nonzero()[0].tolist()
             last = self.path.with_name("checkpoint.pt")
             raise UserError(f"the {self.tasks[task]} loss is not finite at step {step + 2 - number + at}: "
-                            "lower --lr; "
-                            f"last good checkpoint: {last if last.is_file() else 'none yet'}")
+                            f"lower --lr; last good checkpoint: {last if last.is_file() else 'none yet'}")
         if self.rank:
             return
         losses = dict(zip(self.tasks, losses.mean(0).tolist()))
@@ -337,8 +335,8 @@ def pretrain(path, backbone, device):
     # The patch embedding stays random, as in MoCo v3 (Chen et al. 2021): F1 72% instead of 64%, and a patch
     # keeps its detail for the other tasks. The strong decay keeps tokens small: adapters can move them.
     model.patch_embed.requires_grad_(False)
-    backbone = [p for name, p in model.named_parameters() if ase.part(name) == "backbone"]
-    parameters = [p for p in (*backbone, *classify.parameters()) if p.requires_grad]
+    vit = [p for name, p in model.named_parameters() if ase.part(name) == "backbone"]
+    parameters = [p for p in (*vit, *classify.parameters()) if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.3)
     steps = number // batch
 
@@ -460,34 +458,31 @@ def main(argv=None):
     group.add_argument("--shared", type=whole(0), default=1, metavar="S", help="shared experts (default 1)")
     group.add_argument("--rank", type=whole(0), default=4, metavar="R", help="rank of an expert (default 4)")
     group.add_argument("--gating", default="joint", metavar="|".join(ase.GATINGS),
-                       help="joint: one softmax over selected and shared experts, ASE; fixed: softmax "
-                            "before top-k, "
-                            "shared gates are 1 (default joint)")
+                       help="joint: one softmax over selected and shared experts, ASE; "
+                            "fixed: softmax before top-k, shared gates are 1 (default joint)")
     group.add_argument("--lora", type=whole(0), metavar="R",
                        help="rank of the LoRA on the backbone; 0 trains it in full (default 4, or 0 "
                             "without experts)")
     group.add_argument("--mi", type=real(0, False), default=0.005, metavar="W",
                        help="weight of the mutual information loss (default 0.005, Mod-Squad's)")
     group.add_argument("--tasks", metavar="A,B", help=f"some of {','.join(TASKS)} (default all)")
-    group.add_argument("--backbone", metavar="NAME", help=f"{', '.join(ase.BACKBONES)} {both('backbone')}; "
-                                                          "given "
-                                                          "--weights decide it too")
+    group.add_argument("--backbone", metavar="NAME",
+                       help=f"{', '.join(ase.BACKBONES)} {both('backbone')}; given --weights decide it too")
     group.add_argument("--weights", metavar="FILE",
-                       help="pretrained ViT, .safetensors or torch.save; none: random (default: a demo's "
-                            "own backbone)")
+                       help="pretrained ViT, .safetensors or torch.save; "
+                            "none: random (default: a demo's own backbone)")
     group.add_argument("--mean-std", default="imagenet", choices=data.MEAN_STD,
-                       help="what the weights' images were normalised with: imagenet (DeiT, MAE, DINO) or "
-                            "half (timm's "
-                            "augreg, Google's) (default imagenet)")
+                       help="what the weights' images were normalised with: imagenet (DeiT, "
+                            "MAE, DINO) or half (timm's augreg, Google's) (default imagenet)")
     group = parser.add_argument_group("the data")
     group.add_argument("--data", default="demo", metavar="DIR",
-                       help="a folder in PASCAL-Context's layout; demo is made if it isn't there (default "
-                            "demo)")
+                       help="a folder in PASCAL-Context's layout; "
+                            "demo is made if it isn't there (default demo)")
     group.add_argument("--cache", metavar="DIR", help="where parsed images are kept (default: DIR/cache)")
     group.add_argument("--size", type=whole(1), metavar="PIXELS",
                        help="side of the network's square input (default: the backbone's, 112 or 224)")
-    group.add_argument("--workers", type=whole(1), default=2, metavar="N", help="threads that read ahead "
-                                                                                "(default 2)")
+    group.add_argument("--workers", type=whole(1), default=2, metavar="N",
+                       help="threads that read ahead (default 2)")
     group = parser.add_argument_group("the training (the paper says no more than: 40 epochs)")
     group.add_argument("--out", default="run", metavar="DIR", help="the run folder (default run)")
     group.add_argument("--epochs", type=whole(1), metavar="N", help="passes over the images "
@@ -497,8 +492,8 @@ def main(argv=None):
     group.add_argument("--micro-batch", type=whole(1), metavar="N",
                        help="images at a time on one device; gradients add up to the batch's (default: all)")
     group.add_argument("--lr", type=real(0, True), metavar="X", help=f"highest learning rate {both('lr')}")
-    group.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of everything random "
-                                                                             "(default 0)")
+    group.add_argument("--seed", type=whole(0), default=0, metavar="N",
+                       help="of everything random (default 0)")
     group.add_argument("--device", metavar="NAME", help="cpu, cuda, … (default: cuda where there is one)")
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
     group.add_argument("--checkpointing", action="store_true",
@@ -512,8 +507,8 @@ def run(args):
     device = evaluate.pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
     settings = resolve(args)
     if settings["batch"] % world:
-        raise UserError(f"--batch {settings['batch']} does not divide among {world} processes: choose a "
-                        "multiple")
+        raise UserError(f"--batch {settings['batch']} does not divide "
+                        f"among {world} processes: choose a multiple")
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
