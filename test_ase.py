@@ -1456,24 +1456,13 @@ def test_evaluation_does_not_depend_on_the_batch(mini):
 
 # ----------------------------------------------------------------------------------------------- the commands
 
-SHORT = [
-    "--weights",
-    "none",
-    "--size",
-    "32",
-    "--epochs",
-    "2",
-    "--batch",
-    "4",
-    "--experts",
-    "4",
-    "--topk",
-    "2",
-    "--rank",
-    "2",
-    "--device",
-    "cpu",
-]
+SHORT = ("--weights none --size 32 --epochs 2 --batch 4 "
+         "--experts 4 --topk 2 --rank 2 --device cpu").split()
+
+
+def flags(root, out, *more):
+    """What train.py is told for a short run into the folder `out`, the cache beside it."""
+    return [*map(str, ("--data", root, "--cache", out.parent / "cache", "--out", out)), *SHORT, *more]
 
 
 def fails(capsys, main, *argv):
@@ -1490,7 +1479,7 @@ def fails(capsys, main, *argv):
 def trained(mini, tmp_path_factory):
     """A finished run on the small demo, and its log."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    train.main(["--data", str(mini), "--cache", str(out.parent / "cache"), "--out", str(out), *SHORT])
+    train.main(flags(mini, out))
     return out
 
 
@@ -1544,20 +1533,8 @@ def test_a_photo_of_any_kind_is_drawn(trained, tmp_path, mode):
 
 
 def test_a_killed_training_resumes_to_the_same_bits(mini, tmp_path):
-    def command(out, epochs=5):
-        return [
-            sys.executable,
-            str(ROOT / "train.py"),
-            "--data",
-            str(mini),
-            "--cache",
-            str(tmp_path / "cache"),
-            "--out",
-            str(tmp_path / out),
-            *SHORT,
-            "--epochs",
-            str(epochs),
-        ]
+    def command(out):
+        return [sys.executable, str(ROOT / "train.py"), *flags(mini, tmp_path / out, "--epochs", "5")]
 
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     subprocess.run(command("whole"), check=True, env=environment, stdout=subprocess.DEVNULL)
@@ -1580,8 +1557,7 @@ def test_a_killed_training_resumes_to_the_same_bits(mini, tmp_path):
 
 
 def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(mini, tmp_path):
-    command = [sys.executable, str(ROOT / "train.py"), "--data", str(mini), "--cache", str(tmp_path / "cache")]
-    command += ["--out", str(tmp_path / "run"), *SHORT, "--epochs", "999"]
+    command = [sys.executable, str(ROOT / "train.py"), *flags(mini, tmp_path / "run", "--epochs", "999")]
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while process.poll() is None and not (tmp_path / "run/checkpoint.pt").exists():
@@ -1593,25 +1569,10 @@ def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(mini, tmp_path):
 
 
 def test_micro_batches_mean_the_same_as_one(mini, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        torch, "randn_like", torch.zeros_like
-    )  # the routers' noise is drawn for each micro-batch
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)  # noise is drawn for each micro-batch
     states, losses = [], []
     for out, extra in (("one", []), ("two", ["--micro-batch", "3"])):
-        train.main(
-            [
-                "--data",
-                str(mini),
-                "--cache",
-                str(tmp_path / "cache"),
-                "--out",
-                str(tmp_path / out),
-                *SHORT,
-                "--mi",
-                "0",
-                *extra,
-            ]
-        )
+        train.main(flags(mini, tmp_path / out, "--mi", "0", *extra))
         states.append(evaluate.load_checkpoint(tmp_path / out / "checkpoint.pt")["model"])
         losses.append(
             [[*r["losses"].values()] for r in evaluate.read_log(tmp_path / out) if r["kind"] == "step"]
@@ -1623,14 +1584,12 @@ def test_micro_batches_mean_the_same_as_one(mini, tmp_path, monkeypatch):
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_task(mini, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(evaluate.LOSSES, "edge_bce", lambda p, *_: p.sum() * math.nan)
-    error = fails(
-        capsys, train.main, "--data", mini, "--cache", tmp_path / "c", "--out", tmp_path / "run", *SHORT
-    )
+    error = fails(capsys, train.main, *flags(mini, tmp_path / "run"))
     assert "edge" in error and "step 1:" in error and "checkpoint" in error
 
 
 @pytest.mark.parametrize(
-    "flags, told",
+    "wrong, told",
     [
         (["--topk", "9"], "topk must be 1 to 3"),
         (["--shared", "4"], "shared must be at most 3"),
@@ -1654,9 +1613,8 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_task(mini, tmp_path, caps
         (["--mean-std", "x"], "imagenet"),
     ],
 )
-def test_bad_flags_of_train(mini, tmp_path, capsys, flags, told):
-    argv = ["--data", mini, "--cache", tmp_path / "cache", "--out", tmp_path / "run", *SHORT, *flags]
-    assert told in fails(capsys, train.main, *argv)
+def test_bad_flags_of_train(mini, tmp_path, capsys, wrong, told):
+    assert told in fails(capsys, train.main, *flags(mini, tmp_path / "run", *wrong))
     assert not (tmp_path / "run").exists()
 
 
@@ -1677,8 +1635,7 @@ def test_a_folder_that_is_no_demo_asks_for_weights(broken, tmp_path, capsys):
 ])
 def test_a_broken_data_set_is_named_by_train(broken, tmp_path, capsys, breaking, told):
     breaking(broken)
-    argv = ["--data", broken, "--cache", tmp_path / "cache", "--out", tmp_path / "run", *SHORT]
-    assert told in fails(capsys, train.main, *argv)
+    assert told in fails(capsys, train.main, *flags(broken, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
