@@ -75,6 +75,7 @@ class Config:
                 raise ValueError(f"{f.name} is {value!r}: expected a whole number, {low} or more")
         if not isinstance(self.tasks, dict) or not self.tasks:
             raise ValueError(f"tasks is {self.tasks!r}: expected at least one task → channels")
+        object.__setattr__(self, "tasks", dict(self.tasks))  # the caller's may change
         for task, channels in self.tasks.items():
             if not str(task).isidentifier() or type(channels) is not int or channels < 1:
                 raise ValueError(f"task {task!r} has {channels!r} channels: "
@@ -358,6 +359,20 @@ def count(model):
     return counts
 
 
+def multiply_adds(config):
+    """Multiply-adds of a forward pass by part, for one image and all tasks, as in evaluation."""
+    c, patches, tasks = config, (config.image // config.patch) ** 2, len(config.tasks)
+    passes = (tasks if c.experts else 1) * c.depth * (1 + patches)  # tokens that pass a block
+    heads = 0
+    for stage in range(int(math.log2(c.patch))):
+        heads += patches * 4 ** stage * 9 * (c.head_dim if stage else c.dim) * c.head_dim  # 3×3 convolution
+    heads = tasks * heads + patches * 4 ** stage * c.head_dim * sum(c.tasks.values())      # 1×1 at the end
+    embedding = patches * 3 * c.patch ** 2 * c.dim                                         # once for all
+    return {"backbone": embedding + passes * c.dim * (12 * c.dim + 2 * (1 + patches)),
+            "LoRA": passes * 16 * c.dim * c.lora, "experts": passes * 2 * c.dim * c.experts * c.rank,
+            "routers": passes * c.dim * c.experts, "heads": heads}
+
+
 # ----------------------------------------------------------------------------------------- pretrained weights
 
 # transformers' names of a ViT → timm's, in this order; its query, key and value are one matrix in timm
@@ -507,7 +522,7 @@ def main(argv=None):
     parser.error = lambda message: parser.exit(2, f"error: {message}: `python ase.py --help` tells what is\n")
     parser.parse_args(argv)
     names = ("backbone", "LoRA", "experts", "routers", "embeddings", "heads")
-    print("Millions of parameters at ViT-base, 224×224, five tasks; (N/k/S/r) as in the paper's Table 1\n")
+    print("ViT-base at 224×224, five tasks; (N/k/S/r) as in the paper's Table 1. Parameters in millions:\n")
     print(f"{'':20}" + "".join(f"{name:>11}" for name in names) + f"{'total':>9}{'trained':>9}{'paper':>7}")
     for row, settings in TABLE1.items():
         with torch.device("meta"):
@@ -515,6 +530,11 @@ def main(argv=None):
         total, trained = (sum(c[i] for c in counts.values()) / 1e6 for i in (0, 1))
         parts = "".join(f"{counts[name][0] / 1e6:11.2f}" for name in names)
         print(f"{row:20}{parts}{total:9.2f}{trained:9.2f}{PAPER_PARAMETERS.get(row, '–'):>7}")
+    print("\nMultiply-adds for one image and all five tasks, forward, in billions:\n")
+    for row, settings in TABLE1.items():
+        work = multiply_adds(Config(**settings))
+        parts = "".join(f"{work.get(name, 0) / 1e9:11.2f}" for name in names)
+        print(f"{row:20}{parts}{sum(work.values()) / 1e9:9.2f}")
 
 
 if __name__ == "__main__":

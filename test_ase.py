@@ -23,6 +23,8 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_flow
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import ase
 import data
@@ -559,14 +561,25 @@ def test_a_weights_file_cut_anywhere_or_absent_is_one_line(tmp_path, content):
 def test_the_command_prints_every_row_of_table_1(capsys):
     """The models are built on torch's meta device, at the paper's size."""
     ase.main([])
-    rows = capsys.readouterr().out.splitlines()[-6:]
-    for name, total, row in zip(ase.TABLE1, TABLE1, rows, strict=True):
+    rows = capsys.readouterr().out.splitlines()
+    for name, total, row, work in zip(ase.TABLE1, TABLE1, rows[3:9], rows[12:], strict=True):
         c = ase.Config(**ase.TABLE1[name])
         assert c.experts == 0 or name.endswith(f"({c.experts}/{c.topk}/{c.shared}/{c.rank})")
         with torch.device("meta"):
             parameters = list(ase.ASE(c).parameters())
         assert row.startswith(name) and total in row.split()
         assert f"{sum(p.numel() for p in parameters) / 1e6:.2f}" == total
+        assert work.startswith(name) and work.endswith(f"{sum(ase.multiply_adds(c).values()) / 1e9:.2f}")
+
+
+@pytest.mark.parametrize("settings", [dict(experts=0, lora=0), dict(experts=0, lora=3), dict(lora=0), dict(lora=3)])
+def test_multiply_adds_against_torchs_own_count(settings):
+    settings = dict(experts=7, topk=3, shared=2, rank=5) | settings
+    c = ase.Config(image=24, patch=8, dim=26, depth=3, heads=2, head_dim=11, tasks={"a": 2, "b": 5}, **settings)
+    # the counter knows attention's products, but not the fused kernel of CPUs
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        ase.ASE(c).eval()(torch.zeros(1, 3, 24, 24))
+    assert 2 * sum(ase.multiply_adds(c).values()) == counter.get_total_flops()
 
 
 def test_an_unknown_flag_is_one_line_and_exit_code_2(capsys):
