@@ -523,14 +523,16 @@ def main(argv=None):
     parser.parse_args(argv)
     names = ("backbone", "LoRA", "experts", "routers", "embeddings", "heads")
     print("ViT-base at 224×224, five tasks; (N/k/S/r) as in the paper's Table 1. Parameters in millions:\n")
-    print(f"{'':20}" + "".join(f"{name:>11}" for name in names) + f"{'total':>9}{'trained':>9}{'paper':>7}")
+    heading = f"{'':20}" + "".join(f"{name:>11}" for name in names) + f"{'total':>9}"
+    print(heading + f"{'trained':>9}{'paper':>7}")
     for row, settings in TABLE1.items():
         with torch.device("meta"):
             counts = count(ASE(Config(**settings)))
         total, trained = (sum(c[i] for c in counts.values()) / 1e6 for i in (0, 1))
         parts = "".join(f"{counts[name][0] / 1e6:11.2f}" for name in names)
         print(f"{row:20}{parts}{total:9.2f}{trained:9.2f}{PAPER_PARAMETERS.get(row, '–'):>7}")
-    print("\nMultiply-adds for one image and all five tasks, forward, in billions:\n")
+    print("\nMultiply-adds for one image and all five tasks, forward, in billions:")
+    print(heading)
     for row, settings in TABLE1.items():
         work = multiply_adds(Config(**settings))
         parts = "".join(f"{work.get(name, 0) / 1e9:11.2f}" for name in names)
