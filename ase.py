@@ -473,7 +473,8 @@ def load_backbone(model, path):
                          "{} blocks, patch {}{}".format(path, *found, *wanted, advice))
     missing = [name for name in own if name not in state]
     if missing:
-        raise ValueError(f"{path} lacks {len(missing)} weights of a ViT, such as {missing[0]}: not a whole one")
+        raise ValueError(f"{path} lacks {len(missing)} weights of a ViT, such as {missing[0]}: "
+                         "not a whole one")
     foreign = [name for name in state if name.startswith("blocks.") and name not in own]
     if foreign:
         raise ValueError(f"{path} has {foreign[0]}, which this ViT lacks: another architecture")

@@ -657,7 +657,8 @@ def draw_curves(path, records):
     rate = [record["lr"] for record in steps.values()]
     lines = [(x, rate, BLUE, 2, "")]
     panels.append(plot(ylim=(0, max(rate)), labels=("learning rate", "step", ""), series=lines, **axes))
-    legend = [("training loss, each log record", PALE), ("its running mean", BLUE), ("validation loss", ORANGE)]
+    legend = [("training loss, each log record", PALE),
+              ("its running mean", BLUE), ("validation loss", ORANGE)]
     rows = [panels[i:i + 3] for i in range(0, len(panels), 3)]
     sheet(rows, legend=legend, cell=panels[0].shape[1] // 2, frame="white", path=path)
 
