@@ -27,6 +27,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -64,6 +65,8 @@ TASKS = {
     "normals": Task(3, 10, "normals_l1", "angle", True, "mErr °"),
 }
 
+
+LISTS = "ImageSets/Context/{}.txt"  # the ids of a split: train or val
 
 DEMO = {"train": 1000, "val": 200, "size": 160}  # the demo made unasked: images, and their longest side
 
@@ -114,6 +117,12 @@ def progress(items, total, what):
 def _start_worker():
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent alone
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+    multiprocessing.parent_process().join()  # killed, it tells nobody
+    os._exit(1)
 
 
 def workers():
@@ -215,8 +224,8 @@ def decode_saliency(path, size):
 def decode_semseg(path, size):
     with Image.open(path) as image:
         classes = np.asarray(image)                    # the palette's indices, not its colours
-    _expect((classes < len(VOC_CLASSES)) | (classes == IGNORE), classes,
-            f"0 to {len(VOC_CLASSES) - 1}, or {IGNORE}")
+    number = TASKS["semseg"].channels
+    _expect((classes < number) | (classes == IGNORE), classes, f"0 to {number - 1}, or {IGNORE}")
     return classes[None]                                                                 # (1, H, W)
 
 
@@ -374,13 +383,14 @@ def targets(planes, inside=None, passes=None):
     labels = low + 256 * high                                                            # (B, H, W) int16
     if inside is None:
         inside = torch.ones_like(labels, dtype=torch.bool)
-    maps = {name: pick(planes, name)[:, 0].long() for name in ("semseg", "human_parts", "sal")}
+    # a map of one plane is the truth of its task
+    maps = {task: pick(planes, task)[:, 0].long() for task in TASKS if task in MAPS and MAPS[task].planes == 1}
     maps["edge"] = thin(boundaries(labels), passes).long()
     maps = {name: x.masked_fill(~inside, IGNORE) for name, x in maps.items()}
-    # an image without people says nothing about parts
-    parts = maps["human_parts"]
-    people = ((parts > 0) & (parts != IGNORE)).flatten(1).any(1)                         # (B,)
-    maps["human_parts"] = parts.masked_fill(~people[:, None, None], IGNORE)
+    if "human_parts" in maps:  # an image without people says nothing about parts
+        parts = maps["human_parts"]
+        people = ((parts > 0) & (parts != IGNORE)).flatten(1).any(1)                     # (B,)
+        maps["human_parts"] = parts.masked_fill(~people[:, None, None], IGNORE)
     normals = F.normalize(pick(planes, "normals") / 127.5 - 1, dim=1)
     valid = inside & torch.isin(labels, torch.tensor(VALID_NORMALS, dtype=labels.dtype, device=labels.device))
     maps["normals"] = normals * valid[:, None]
@@ -412,16 +422,17 @@ def locate(root):
                         "in PASCAL-Context's layout, or the word demo")
     if not root.is_dir():
         raise UserError(f"{root} is a file: expected a folder in PASCAL-Context's layout")
-    if not (root / "ImageSets/Context").is_dir():
-        below = [str(p.parent.parent) for p in sorted(root.glob("*/ImageSets/Context"))]
-        hint = f"did you mean {below[0]}?" if below else f"`python data.py {root}` tells what belongs where"
-        raise UserError(f"{root} has no ImageSets/Context with train.txt and val.txt: {hint}")
+    train = LISTS.format("train")
+    if not (root / train).is_file():
+        below = [folder for folder in sorted(root.glob("*")) if (folder / train).is_file()]
+        hint = f"did you mean {below[0]}?" if below else "expected a folder in PASCAL-Context's layout"
+        raise UserError(f"{root} has no {train}: {hint}")
     return root
 
 
 def read_ids(root, split):
     """The ids of a split, in the order of its list. Raises UserError for a list that cannot be trusted."""
-    path = locate(root) / f"ImageSets/Context/{split}.txt"
+    path = locate(root) / LISTS.format(split)
     try:
         ids = path.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
@@ -442,14 +453,13 @@ class PascalContext:
     """One split of a data set in PASCAL-Context's layout.
 
     `dataset[i]` is (image (3, H, W) uint8, {task: truth}) at native size, as the metrics want it;
-    `dataset.batches` is what the network sees, S×S with S = `size`. `cache`: the folder that `build_cache`
-    filled, or None.
+    `dataset.canvases` is what `warp` makes batches of. `cache`: the folder that `build_cache` filled, or None.
     """
 
     def __init__(self, root, split, size, cache=None):
         self.root = locate(root)
         self.ids = read_ids(root, split)
-        self.size = size
+        self.size = size  # S
         self.cache = cache and Path(cache)
 
     def __len__(self):
@@ -474,12 +484,13 @@ class PascalContext:
             place[:, :image.shape[1], :image.shape[2]] = image
         return canvas, sizes
 
-    def batches(self, plan, device, mean_std, warps=None, threads=2):
-        """A `Batch` for each list of indices in `plan`. warps: a matrix (2, 2) for each image, or None."""
+    def canvases(self, plan, device, threads=2):
+        """`canvas` of each list of indices in `plan`, on the device: `threads` of them read ahead."""
+        def load(indices):
+            return [x.to(device) for x in self.canvas(indices)]
+
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-            for indices, (canvas, sizes) in zip(plan, ahead(self.canvas, plan, pool)):
-                matrices = None if warps is None else warps[indices].to(device)
-                yield warp(canvas.to(device), sizes.to(device), self.size, mean_std, matrices)
+            yield from ahead(load, plan, pool)
 
 
 def random_warps(number, generator):
@@ -499,8 +510,8 @@ def warp(canvas, sizes, side, mean_std, matrices=None):
     offset (x, y) from the centre, in pixels, from the warped image back into the source; None is the
     identity. → `Batch`.
     """
-    if matrices is None:
-        matrices = torch.eye(2, device=canvas.device).expand(len(canvas), 2, 2)
+    matrices = torch.eye(2).expand(len(canvas), 2, 2) if matrices is None else matrices
+    matrices = matrices.to(canvas.device, non_blocking=True)
     size = sizes.flip(1)[:, None, None].float()  # (B, 1, 1, 2) width, height
     steps = (torch.arange(side, device=canvas.device) + 0.5) / side - 0.5
     grid = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), -1)                  # (S, S, 2) x, y
@@ -598,9 +609,10 @@ def _examine(job):
             with Image.open(find(root, name, id)) as image:
                 if image.size != size:
                     remarks.append(f"{name} of another size than its image")
+    people = "human_parts" in planes and bool(planes["human_parts"].any())
     floor = planes["labelmap"][0] + 256 * planes["labelmap"][1] == FLOOR
     down = planes["normals"][1][floor] / 127.5 - 1
-    return faults, remarks, bool(planes["human_parts"].any()), (float(down.sum()), down.size)
+    return faults, remarks, people, (float(down.sum()), down.size)
 
 
 def check(root, quick=False):
@@ -616,8 +628,9 @@ def check(root, quick=False):
         counts = {name: collections.Counter() for name in MAPS}
         told, remarks = collections.defaultdict(list), collections.Counter()
         people, down, floor = 0, 0.0, 0
-        for id, (faults, notes, parts, (total, number)) in zip(
-                ids, parallel(_examine, [(root, id, quick) for id in ids], f"check {split}")):
+        jobs, what = [(root, id, quick) for id in ids], f"check {split}"
+        found = progress(map(_examine, jobs), len(ids), what) if quick else parallel(_examine, jobs, what)
+        for id, (faults, notes, parts, (total, number)) in zip(ids, found):
             for name, fault in faults.items():
                 counts[name][fault.kind] += 1
                 told[name, fault.kind].append((id, fault))
@@ -1036,7 +1049,7 @@ def make_demo(root, train=DEMO["train"], val=DEMO["val"], size=DEMO["size"]):
             height, width = (round(size * side / max(shapes[k % 8])) for side in shapes[k % 8])
             jobs.append((partial, f"{2010 if first else 2008 + k % 2}_{k + 1:06d}", first + k, height, width))
         parts = dict(parallel(_write_scene, jobs, f"render {split}"))
-        (partial / f"ImageSets/Context/{split}.txt").write_text("".join(f"{name}\n" for name in parts))
+        (partial / LISTS.format(split)).write_text("".join(f"{name}\n" for name in parts))
         (partial / f"ImageSets/Parts/{split}.txt").write_text(json.dumps(parts))
     write_json(partial / "demo.json", {"train": train, "val": val, "size": size})
     partial.rename(root)

@@ -17,6 +17,7 @@ import concurrent.futures
 import contextlib
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -386,56 +387,65 @@ def to_native(squashed, size):
 
 
 @torch.inference_mode()
-def predict(model, images, mean_std, device):
-    """Images, a list of (3, H, W) uint8 of any sizes → for each {task: (C, S, S) squashed output, numpy}."""
+def predict(model, image, mean_std, device):
+    """Image (3, H, W) uint8 of any size → {task: (C, S, S) squashed output, numpy}.
+
+    One at a time: in a batch the last bits depend on what else is in it, and so would the counts.
+    """
     side = model.config.image
-    inputs = [F.interpolate(torch.from_numpy(image)[None].to(device).float(), (side, side), mode="bilinear")
-              for image in images]
+    x = F.interpolate(torch.from_numpy(image)[None].to(device).float(), (side, side), mode="bilinear")
     with autocast(device):
-        predictions, _ = model.eval()(data.normalise(torch.cat(inputs), mean_std))
-    return [{task: metric_of(task).squash(p[i].float()).cpu().numpy() for task, p in predictions.items()}
-            for i in range(len(images))]
+        predictions, _ = model.eval()(data.normalise(x, mean_std))
+    return {task: metric_of(task).squash(p[0].float()).cpu().numpy() for task, p in predictions.items()}
 
 
 def _judge(job):
-    """One image in a worker: its files, read once, against the model's outputs and a constant's."""
+    """One image in a worker: its files, read once, against the model's outputs and a constant's.
+
+    Returns two {task: numbers that add up}, and the seconds that each stage took.
+    """
     root, id, image, squashed, protocol = job
+    totals, constants, seconds = {}, {}, {}
+    start = time.perf_counter()
     planes = torch.from_numpy(data.read_planes(root, id, image))
     truth = {task: x[0].numpy() for task, x in data.targets(planes[None]).items()}
-    totals, constants = {}, {}
+    seconds["files"] = time.perf_counter() - start
     for task, x in squashed.items():
+        start = time.perf_counter()
         metric, channels = metric_of(task), TASKS[task].channels
         constant = torch.zeros(channels, 1, 1)
         constant[:len(metric.constant), 0, 0] = torch.tensor(metric.constant, dtype=torch.float32)
         for result, outputs in ((totals, x), (constants, metric.squash(constant).numpy())):
             prediction = to_native({task: outputs}, image.shape[1:])[task]
             result[task] = metric.measure(prediction, truth[task], channels, protocol)
-    return totals, constants
+        seconds[task] = time.perf_counter() - start
+    return totals, constants, seconds
 
 
-def judge(model, dataset, mean_std, device, protocol=Protocol(), batch=16):
-    """Judge a model on a split: {task: summed numbers}, and the same for a constant prediction.
+def judge(model, dataset, mean_std, device, protocol=Protocol()):
+    """Judge a model on a split: {task: summed numbers}, the same for a constant prediction, and the seconds
+    that each stage took, over all cores.
 
     The model runs here, the files are read and the metrics computed by workers, one image a job; memory does
     not grow with the number of images.
     """
+    sums = {}, {}, {"model": 0.0}
 
-    def jobs(pool):
-        images = data.ahead(lambda id: data.read_map(dataset.root, "image", id, None), dataset.ids, pool)
-        for start in range(0, len(dataset), batch):
-            ids = dataset.ids[start:start + batch]
-            loaded = [next(images) for _ in ids]
-            for id, image, squashed in zip(ids, loaded, predict(model, loaded, mean_std, device)):
-                yield dataset.root, id, image, squashed, protocol
+    def jobs(readers):
+        images = data.ahead(lambda id: data.read_map(dataset.root, "image", id, None), dataset.ids, readers)
+        for id, image in zip(dataset.ids, images):
+            start = time.perf_counter()
+            squashed = predict(model, image, mean_std, device)
+            sums[2]["model"] += time.perf_counter() - start
+            yield dataset.root, id, image, squashed, protocol
 
-    totals, constants = {}, {}
     with concurrent.futures.ThreadPoolExecutor(2) as readers, data.workers() as pool:
-        results = data.ahead(_judge, jobs(readers), pool, depth=64)
+        results = data.ahead(_judge, jobs(readers), pool, depth=4 * os.cpu_count())
         for result in data.progress(results, len(dataset), "evaluate"):
-            for sums, one in zip((totals, constants), result):
-                for task, numbers in one.items():
-                    sums[task] = sums.get(task, 0) + numbers
-    return totals, constants
+            for total, one in zip(sums, result):
+                for name, numbers in one.items():
+                    total[name] = total.get(name, 0) + numbers
+    return sums
 
 
 def evaluate(model, dataset, mean_std="imagenet", device="cpu", protocol=Protocol()):
@@ -536,9 +546,11 @@ def judge_run(run, args, device):
         dataset.ids = dataset.ids[::-(-len(dataset) // 50)]
     model = load_model(run, device)
     mean_std = run.settings["mean_std"]
-    totals, constants = judge(model, dataset, mean_std, device, protocol)
+    totals, constants, stages = judge(model, dataset, mean_std, device, protocol)
     result = {"metrics": values(totals), "constant": values(constants), "images": len(dataset), "key": key,
               "seconds": round(time.time() - start, 1)}
+    print(f"{run.folder}: judged in {result['seconds']:.0f} s; seconds of all processes: "
+          + ", ".join(f"{stage} {spent:.1f}" for stage, spent in stages.items()))
     if "edge" in totals:
         result["edge"] = {"thresholds": protocol.levels().tolist(), "counts": totals["edge"].tolist(),
                           "nms": protocol.nms}
@@ -699,7 +711,7 @@ def draw_run(run, result, model, dataset, device):
     samples = []
     for i in chosen:
         image, truth = dataset[i]
-        squashed = predict(model, [image.numpy()], run.settings["mean_std"], device)[0]
+        squashed = predict(model, image.numpy(), run.settings["mean_std"], device)
         truth = {task: truth[task].numpy() for task in squashed}
         samples.append((image.permute(1, 2, 0).numpy(), truth, to_native(squashed, image.shape[1:])))
     draw_predictions(run.folder / "predictions.png", samples)
@@ -723,7 +735,7 @@ def draw_photo(run, path, model, device):
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read the photo {path} ({error}): "
                         "expected an image that Pillow opens") from None
-    squashed = predict(model, [image], run.settings["mean_std"], device)[0]
+    squashed = predict(model, image, run.settings["mean_std"], device)
     out = run.folder / f"{path.stem}.png"
     draw_predictions(out, [(image.transpose(1, 2, 0), None, to_native(squashed, image.shape[1:]))])
     print(f"drawn: {out}")

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -1143,7 +1144,6 @@ def mini(tmp_path_factory):
 @pytest.fixture
 def broken(mini, tmp_path):
     """A copy of the small demo to break."""
-    import shutil
     return Path(shutil.copytree(mini, tmp_path / "broken", ignore=shutil.ignore_patterns("cache")))
 
 
@@ -1215,6 +1215,21 @@ def test_maps_of_another_size_are_resized_where_legal_and_refused_elsewhere(tmp_
     scipy.io.savemat(tmp_path / "hand/pascal-context/trainval/2008_000001.mat", labels)
     with pytest.raises(data.Fault, match="2008_000001.mat is 5×7: expected its image's 7×5"):
         data.PascalContext(tmp_path / "hand", "train", 32)[0]
+
+
+def part_map(tmp_path, objects):
+    path = tmp_path / "anno.mat"
+    scipy.io.savemat(path, {"anno": struct([("name", objects)], "x", "y")})
+    return data.decode_parts(path, (7, 5))
+
+
+def test_anno_with_one_object_none_or_without_parts_is_legal(tmp_path):
+    mask, nothing = np.eye(5, 7, dtype=np.uint8), np.empty((0, 0))
+    one = struct([("person", 15, mask, struct([("lfoot", mask)], "a", "b"))], "p", "q", "r", "s")
+    assert (part_map(tmp_path, one) == 6 * mask).all()
+    bare = struct([("person", 15, mask, nothing), ("cow", 10, mask, nothing)], "p", "q", "r", "s")
+    for objects in (bare, bare[:, :0], nothing):
+        assert (part_map(tmp_path, objects) == np.zeros((1, 5, 7))).all()
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
@@ -1303,9 +1318,9 @@ def test_outside_of_the_image_nothing_is_true_and_no_edge_arises():
 
 def test_images_of_several_sizes_share_a_batch(mini):
     dataset = data.PascalContext(mini, "train", 32)
-    batch = next(dataset.batches([[0, 1, 2]], torch.device("cpu"), "imagenet"))
-    for i in range(3):
-        alone = next(dataset.batches([[i]], torch.device("cpu"), "imagenet"))
+    batch, *single = (data.warp(*canvas, 32, "imagenet")
+                      for canvas in dataset.canvases([[0, 1, 2], [0], [1], [2]], "cpu"))
+    for i, alone in enumerate(single):
         np.testing.assert_allclose(batch.images[i], alone.images[0], atol=1e-4)
         assert all(
             (batch.targets[task][i] == alone.targets[task][0]).all() for task in TASKS if task != "normals"
@@ -1334,6 +1349,68 @@ def test_the_cache_holds_the_files_and_sees_a_newer_source(mini, tmp_path):
     data.build_cache(mini, dataset.ids, folder)
     changed = [path for path in folder.iterdir() if path.stat().st_mtime_ns != before[path]]
     assert changed == [stale]
+
+
+def tree(root):
+    return {path: path.stat().st_mtime_ns for path in sorted(root.rglob("*"))}
+
+
+def test_a_data_set_is_not_written_to_where_the_cache_is_elsewhere(broken, tmp_path):
+    before = tree(broken)
+    train.main(flags(broken, tmp_path / "run", "--weights", "none", "--epochs", "1"))
+    assert tree(broken) == before
+
+
+def test_a_cache_that_does_not_fit_or_cannot_be_written_is_one_line(mini, tmp_path, monkeypatch):
+    ids = data.read_ids(mini, "train")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(data.UserError, match="cannot write the cache .*--cache DIR"):
+        data.build_cache(mini, ids, tmp_path / "file")
+    usage = type(shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 10**5, 10**5))
+    with pytest.raises(data.UserError, match="needs 0.0 GB, .* has 0.0 GB free: make room"):
+        data.build_cache(mini, ids, tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_cache_killed_within_a_file_goes_on_and_nothing_half_written_is_read(mini, tmp_path):
+    folder = tmp_path / "cache"
+    script = ("import os, signal, sys, numpy as np, data\n"
+              "save = np.save\n"
+              "def half(file, planes):\n"
+              "    if len(os.listdir(sys.argv[2])) < 5:\n"
+              "        return save(file, planes)\n"
+              "    file.write(b'half')\n"
+              "    file.flush()\n"
+              "    os.kill(os.getpid(), signal.SIGKILL)\n"
+              "np.save = half\n"
+              "data.build_cache(sys.argv[1], data.read_ids(sys.argv[1], 'train'), sys.argv[2])\n")
+    killed = subprocess.run([sys.executable, "-c", script, mini, folder], cwd=ROOT, stdout=subprocess.DEVNULL)
+    assert killed.returncode == -signal.SIGKILL
+    dataset = data.PascalContext(mini, "train", 32)
+    done = list(folder.glob("*.npy"))
+    assert 0 < len(done) < 13
+    kept = {path: path.stat().st_mtime_ns for path in done}
+    cached = data.PascalContext(mini, "train", 32, data.build_cache(mini, dataset.ids, folder))
+    assert all((cached.planes(i) == dataset.planes(i)).all() for i in range(13))
+    assert kept.items() <= {path: path.stat().st_mtime_ns for path in folder.glob("*.npy")}.items()
+
+
+def test_workers_end_with_a_parent_that_was_killed():
+    script = ("import os, time, data\n"
+              "if __name__ == '__main__':\n"
+              "    with data.workers() as pool:\n"
+              "        print(*{pool.submit(os.getpid).result() for _ in range(9)}, flush=True)\n"
+              "        time.sleep(99)\n")
+    parent = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL, text=True)
+    children = [int(pid) for pid in parent.stdout.readline().split()]
+    parent.kill()
+    parent.wait()
+    end = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}/cmdline").exists() for pid in children) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert children and not any(Path(f"/proc/{pid}/cmdline").exists() for pid in children)
 
 
 # ----------------------------------------------------------------------------------------- losses and metrics
@@ -1456,15 +1533,33 @@ def test_delta_m_gives_every_row_of_table_1():
         evaluate.delta_m(metrics, {"semseg": 1, "human_parts": 1, "sal": 1, "edge": 1})
 
 
-def test_evaluation_does_not_depend_on_the_batch(mini):
-    model = ase.ASE(
-        ase.Config(image=32, dim=12, depth=1, heads=2, head_dim=8, experts=3, topk=1, rank=2)
-    ).eval()
+def test_each_image_is_judged_once_and_the_number_of_workers_changes_no_bit(mini, monkeypatch):
+    model = ase.ASE(ase.Config(image=32, dim=12, depth=1, heads=2, head_dim=8, experts=3, topk=1, rank=2))
     dataset = data.PascalContext(mini, "val", 32)
-    one, five = (evaluate.judge(model, dataset, "half", torch.device("cpu"), batch=b)[0] for b in (1, 5))
+    results = []
+    for cores in (1, 3):
+        monkeypatch.setattr(os, "cpu_count", lambda: cores)
+        results.append(evaluate.judge(model, dataset, "half", torch.device("cpu"))[:2])
     for task in TASKS:
-        np.testing.assert_allclose(one[task], five[task], rtol=1e-5)
+        for one, three in zip(*results):
+            np.testing.assert_array_equal(one[task], three[task])
+    truths = [dataset[i][1] for i in range(7)]
+    for task in ("semseg", "human_parts"):
+        known = torch.cat([truth[task].flatten() for truth in truths])
+        expected = known[known != IGNORE].bincount(minlength=TASKS[task].channels)
+        assert results[0][0][task][:, 2].tolist() == expected.tolist()
+    assert results[0][0]["edge"][0, 2] == sum((truth["edge"] == 1).sum() for truth in truths)
     assert set(evaluate.evaluate(model, dataset, "half")) == set(TASKS)
+
+
+def test_validation_losses_do_not_depend_on_the_batch(mini):
+    """Seven images in batches of 1, 3 or 7: the last, incomplete one counts as it should."""
+    model = ase.ASE(ase.Config(image=32, dim=12, depth=1, heads=2, head_dim=8, experts=3, topk=1, rank=2))
+    dataset = data.PascalContext(mini, "val", 32)
+    losses = [train.validate(model, dataset, {"batch": batch, "mean_std": "half"}, 2) for batch in (1, 3, 7)]
+    for task in set(TASKS) - {"sal"}:  # saliency's weights are those of the batch
+        assert losses[0][task] == pytest.approx(losses[1][task], rel=1e-5)
+        assert losses[0][task] == pytest.approx(losses[2][task], rel=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------- the commands
@@ -1655,14 +1750,72 @@ def test_a_folder_that_is_no_demo_asks_for_weights(broken, tmp_path, capsys):
     (lambda root: (root / "ImageSets/Context/train.txt").write_text("../x\n"), "../x"),
     (lambda root: (root / "ImageSets/Context/train.txt").write_text("/etc/x\n"), "/etc/x"),
     (lambda root: (root / "ImageSets/Context/train.txt").write_text("a\na\n"), "twice"),
-    (lambda root: (root / "human_parts/2008_000001.mat").unlink(), "2008_000001.mat"),
-    (lambda root: (root / "human_parts/2008_000001.mat").write_bytes(b"x"), "2008_000001.mat"),
-    (lambda root: (root / "JPEGImages/2008_000001.jpg").write_bytes(b"\xff\xd8x"), "2008_000001.jpg"),
+    (lambda root: (root / "ImageSets/Context/train.txt").write_bytes(b"\xff\xfe"), "cannot read"),
+    (lambda root: (root / "ImageSets/Context/val.txt").write_text("2008_000001"), "in both"),
 ])
-def test_a_broken_data_set_is_named_by_train(broken, tmp_path, capsys, breaking, told):
+def test_broken_lists_are_named_by_train(broken, tmp_path, capsys, breaking, told):
     breaking(broken)
     assert told in fails(capsys, train.main, *flags(broken, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+def picture(path, size, value, mode="L"):
+    Image.new(mode, size, value).save(path)
+
+
+def labels(path, shape, value):
+    scipy.io.savemat(path, {"LabelMap": np.full(shape, value, np.int32)})
+
+
+IMAGE, MAT = "JPEGImages/2008_000001.jpg", "human_parts/2008_000001.mat"  # the demo's first image, 48×36
+LABELS, VOC = "pascal-context/trainval/2008_000001.mat", "semseg/VOC12/2008_000001.png"
+BROKEN = {  # a fault → the file, what was done to it, what the check says of it
+    "no image": (IMAGE, Path.unlink, "image, missing"),
+    "a truncated image": (IMAGE, cut, "image, unreadable"),
+    "no parts": (MAT, Path.unlink, "human_parts, missing"),
+    "truncated parts": (MAT, cut, "human_parts, unreadable"),
+    "text for parts": (MAT, lambda path: path.write_text("anno"), "human_parts, unreadable"),
+    "parts without anno": (MAT, lambda path: labels(path, (36, 48), 1), "human_parts, unreadable"),
+    "empty labels": (LABELS, lambda path: path.write_bytes(b""), "labelmap, unreadable"),
+    "labels of another size": (LABELS, lambda path: labels(path, (48, 36), 1), "labelmap, size"),
+    "label 460": (LABELS, lambda path: labels(path, (36, 48), 460), "labelmap, range"),
+    "label -1": (LABELS, lambda path: labels(path, (36, 48), -1), "labelmap, range"),
+    "class 21": (VOC, lambda path: picture(path, (48, 36), 21), "semseg, range"),
+    "classes of another size": (VOC, lambda path: picture(path, (47, 36), 1), "semseg, size"),
+    "colours for classes": (VOC, lambda path: picture(path, (48, 36), (0, 0, 128), "RGB"), "semseg"),
+    "truncated normals": ("normals_distill/2008_000001.png", cut, "normals, unreadable"),
+    "no saliency": ("sal_distill/2008_000001.png", Path.unlink, "sal, missing"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_file_is_named_by_the_check_and_by_train(broken, tmp_path, capsys, monkeypatch, fault):
+    monkeypatch.chdir(tmp_path)
+    name, breaking, told = BROKEN[fault]
+    breaking(broken / name)
+    assert data.main([str(broken)]) == 1
+    report = capsys.readouterr().out
+    assert told in report and "2008_000001" in report and "a training could not start" in report
+    error = fails(capsys, train.main, *flags(broken, tmp_path / "run"))
+    assert str(broken / name) in error and not (tmp_path / "run").exists()
+
+
+def test_saliency_and_normals_of_another_size_are_a_remark(broken, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    picture(broken / "sal_distill/2008_000001.png", (24, 18), 255)
+    picture(broken / "normals_distill/2010_000001.png", (9, 7), (128, 0, 128), "RGB")
+    assert data.main([str(broken)]) == 0
+    report = capsys.readouterr().out
+    for name in ("sal", "normals"):
+        assert f"remark: 1 images with {name} of another size than its image (legal: resized)" in report
+    (_, first), (_, second) = (data.PascalContext(broken, split, 32)[0] for split in ("train", "val"))
+    assert (first["sal"] == 1).all()
+    up = second["normals"][:, second["normals"].any(0)]
+    assert up.numel() and (up[1] < -0.99).all()
 
 
 def test_a_root_one_level_too_high_tells_the_right_one(mini, tmp_path, capsys):
@@ -1717,32 +1870,11 @@ def test_the_check_passes_a_good_set_and_draws_it(mini, tmp_path, capsys, monkey
     assert data.main([str(mini), "--quick"]) == 0
 
 
-@pytest.mark.parametrize(
-    "breaking, told",
-    [
-        (lambda root: (root / "sal_distill/2010_000002.png").unlink(), "sal, missing: 2010_000002"),
-        (
-            lambda root: (root / "JPEGImages/2010_000001.jpg").write_bytes(b""),
-            "image, unreadable: 2010_000001",
-        ),
-        (
-            lambda root: Image.new("L", (9, 9)).save(root / "semseg/VOC12/2010_000001.png"),
-            "semseg, size: 2010_000001",
-        ),
-        (
-            lambda root: scipy.io.savemat(
-                root / "pascal-context/trainval/2010_000003.mat", {"LabelMap": np.full((48, 32), 460)}
-            ),
-            "labelmap, range: 2010_000003",
-        ),
-        (lambda root: (root / "ImageSets/Context/val.txt").write_text("2008_000001"), "in both"),
-    ],
-)
-def test_the_check_names_what_stops_a_training(broken, tmp_path, capsys, monkeypatch, breaking, told):
+def test_the_check_names_ids_in_both_lists(broken, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    breaking(broken)
+    (broken / "ImageSets/Context/val.txt").write_text("2008_000001")
     assert data.main([str(broken)]) == 1
-    assert told in capsys.readouterr().out
+    assert "in both train.txt and val.txt: 1 ids, 2008_000001" in capsys.readouterr().out
 
 
 def test_the_check_sees_normals_upside_down(broken, tmp_path, capsys, monkeypatch):

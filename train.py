@@ -15,6 +15,7 @@ killed at any moment and started again with the same command ends, on a CPU, in 
 """
 
 import argparse
+import collections
 import contextlib
 import itertools
 import json
@@ -24,6 +25,11 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+
+try:
+    import resource
+except ImportError:  # there is none on Windows
+    resource = None
 
 import torch
 import torch.distributed as dist
@@ -86,7 +92,6 @@ def train(settings, args, rank, world, device):
         with first(rank):
             dataset.cache = data.build_cache(root, dataset.ids, args.cache)
     batch = settings["batch"]
-    batches = dict(device=device, mean_std=settings["mean_std"], threads=args.workers)
     steps = len(splits["train"]) // batch                                                # in an epoch
     if steps == 0:
         raise UserError(f"--batch {batch} is larger than the "
@@ -126,7 +131,7 @@ def train(settings, args, rank, world, device):
         mine = [order[n * batch:(n + 1) * batch][rank::world] for n in range(steps)]
         micro = args.micro_batch or len(mine[0])
         plan = [[share[i:i + micro] for i in range(0, len(share), micro)] for share in mine]
-        loader = splits["train"].batches([m for share in plan for m in share], warps=warps, **batches)
+        loader = splits["train"].canvases([m for share in plan for m in share], device, args.workers)
         network.train()
         for n, share in enumerate(plan):
             step = epoch * steps + n
@@ -134,8 +139,11 @@ def train(settings, args, rank, world, device):
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["share"]
             torch.manual_seed(settings["seed"] * 1_000_003 + step * world + rank)        # the routers' noise
-            with log.waiting():
-                parts = list(itertools.islice(loader, len(share)))
+            loaded = list(itertools.islice(loader, len(share)))
+            log.lap("waiting for data")
+            parts = [data.warp(*canvas, config.image, settings["mean_std"], warps[indices])
+                     for canvas, indices in zip(loaded, share)]
+            log.lap("augmentation")
             # losses divide by the pixels of the whole batch, wherever its images are
             counts = sum(evaluate.count_pixels({t: part.targets[t] for t in weights}) for part in parts)
             if world > 1:
@@ -145,22 +153,27 @@ def train(settings, args, rank, world, device):
                 with alone:
                     with evaluate.autocast(device):
                         predictions, routing = network(part.images)
+                    log.lap("forward")
                     losses = evaluate.losses(predictions, part.targets, counts)
                     # Mod-Squad's regulariser: more mutual information of tasks and experts, less loss
                     information = ase.mutual_information(routing.probs)
                     loss = sum(weights[task] * losses[task] for task in losses)
                     loss = loss - settings["mi"] * information.sum() * len(part.images) / batch
                     (loss * world).backward()  # processes are averaged
+                    log.lap("losses, backward")
                 log.add(losses, routing, information, len(part.images) / batch)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            log.lap("optimiser")
             log.step(step, lr, norm)
-        log.epoch(epoch, validate(model, splits["val"], batch, batches) if rank == 0 else None, config.shared)
+        val = validate(model, splits["val"], settings, args.workers) if rank == 0 else None
+        log.epoch(epoch, val, config.shared)
         if rank == 0:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}
             data.write_atomically(out / "checkpoint.pt", lambda file: torch.save(state, file))
-    log.finish(out)
+        log.lap("validation, checkpoint")
+    log.finish(out, device)
 
 
 class Log:
@@ -174,8 +187,8 @@ class Log:
             # what was logged after the last checkpoint is computed again
             kept = [r for r in evaluate.read_log(out) if r["epoch"] <= start]
             data.write_atomically(self.path, lambda file: file.writelines(map(_line, kept)))
-        self.begin = self.mark = time.time()
-        self.waited = 0.0
+        self.begin = self.mark = self.last = time.time()
+        self.stages = collections.Counter()
         self.tasks = list(settings["model"]["tasks"])
         self.losses, self.recent, self.routing = 0, [], {}
 
@@ -199,12 +212,11 @@ class Log:
         print(f"{'done':>5}{'step':>8}" + "".join(f"{task:>12}" for task in config.tasks)
               + f"{'lr':>10}{'images/s':>10}{'left':>9}", flush=True)
 
-    @contextlib.contextmanager
-    def waiting(self):
-        """Count the time inside as waiting for data."""
-        start = time.time()
-        yield
-        self.waited += time.time() - start
+    def lap(self, stage):
+        """The time since the last lap went into `stage`; on a GPU, which works on by itself, that of the CPU."""
+        now = time.time()
+        self.stages[stage] += now - self.last
+        self.last = now
 
     def add(self, losses, routing, information, share):
         """Add up what a micro-batch brought, `share` of the effective one; no wait for the device here."""
@@ -253,25 +265,36 @@ class Log:
         self.routing = {}
         self.mark = time.time()
 
-    def finish(self, out):
+    def finish(self, out, device):
         if self.rank == 0:
             spent = time.time() - self.begin
-            print(f"\ntrained in {data.duration(spent)}, {self.waited / spent:.1%} of it waiting for data; "
-                  f"next: python evaluate.py {out}")
+            print(f"\ntrained in {data.duration(spent)}, peak memory {peak_memory(device) / 2**30:.2f} GiB: "
+                  + ", ".join(f"{stage} {t / spent:.1%}" for stage, t in self.stages.items())
+                  + f"\nnext: python evaluate.py {out}")
 
 
 def _line(record):
     return (json.dumps(record) + "\n").encode()
 
 
+def peak_memory(device):
+    """The most bytes held so far: of tensors on a GPU, else of this process; 0 where nobody tells."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if resource else 0
+
+
 @torch.inference_mode()
-def validate(model, dataset, batch, batches):
+def validate(model, dataset, settings, threads):
     """{task: loss} over a split; every pixel with ground truth counts the same."""
     model.eval()
-    plan = torch.arange(len(dataset)).split(batch)
+    device = next(model.parameters()).device
+    plan = [indices.tolist() for indices in torch.arange(len(dataset)).split(settings["batch"])]
     sums, pixels = 0, 0
-    for part in dataset.batches([indices.tolist() for indices in plan], **batches):
-        with evaluate.autocast(part.images.device):
+    for canvas in dataset.canvases(plan, device, threads):
+        part = data.warp(*canvas, model.config.image, settings["mean_std"])
+        with evaluate.autocast(device):
             predictions, _ = model(part.images)
         counts = evaluate.count_pixels({task: part.targets[task] for task in predictions})
         losses = evaluate.losses(predictions, part.targets, counts)
@@ -377,8 +400,10 @@ def resolve(args):
     to_make = args.data == "demo" and not root.exists()
     is_demo = to_make or (root / "demo.json").is_file()
     if not to_make:
-        for split in ("train", "val"):
-            data.read_ids(root, split)
+        both = sorted(set(data.read_ids(root, "train")) & set(data.read_ids(root, "val")))
+        if both:
+            raise UserError(f"{both[0]} is in both train.txt and val.txt of {root} ({len(both)} such ids): "
+                            "remove it from one")
     defaults = DEFAULTS["demo" if is_demo else "pascal"]
     settings = {"data": args.data}
     for flag in ("epochs", "batch", "lr", "val_subset"):
