@@ -87,7 +87,7 @@ def edge_bce(prediction, target, valid, positive):
 
 def normals_l1(prediction, target, valid, positive):
     """Mean |component| between the normalised prediction and the truth, if any. Both (B, 3, S, S)."""
-    error = (F.normalize(prediction, dim=1) - target).abs() * target.any(1, keepdim=True)
+    error = (data.unit(prediction) - target).abs() * target.any(1, keepdim=True)
     return error.sum() / (3 * valid).clamp(min=1)
 
 
@@ -759,11 +759,12 @@ def baseline_of(args, runs, results, device):
         raise UserError(f"runs on several data sets ({', '.join(sorted(roots))}) have no baseline in "
                         "common: name one")
     marker = Path(roots.pop()) / "demo.json"
-    if not marker.is_file():
-        return "resnet18", BASELINES["resnet18"]
-    made = json.loads(marker.read_text())
-    default = "demo" if data.DEMO.items() <= made.items() else None
-    return default, BASELINES.get(default, {})
+    is_demo = marker.is_file()
+    if is_demo and not data.DEMO.items() <= json.loads(marker.read_text()).items():
+        return None, {}
+    name = "demo" if is_demo else "resnet18"
+    known = all(result["metrics"].keys() <= BASELINES[name].keys() for result in results)
+    return (name, BASELINES[name]) if known else (None, {})
 
 
 def print_table(runs, results, name, baseline):

@@ -1887,6 +1887,80 @@ def test_the_check_sees_normals_upside_down(broken, tmp_path, capsys, monkeypatc
     assert "UPSIDE DOWN" in capsys.readouterr().out
 
 
+# ------------------------------------------------------------------------------- README's three worked changes
+
+
+def changed(tmp_path, number):
+    """A copy of the code with README's diff of that number applied: each hunk's old lines occur just once."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("ase", "data", "evaluate", "train"):
+        shutil.copy(ROOT / f"{name}.py", copy)
+    diff = (ROOT / "README.md").read_text(encoding="utf-8").split("```diff\n")[1 + number].split("```")[0]
+    for part in diff.split("--- ")[1:]:
+        name, _, hunks = part.partition("\n")
+        text = (copy / name).read_text(encoding="utf-8")
+        for hunk in hunks.split("@@\n"):
+            lines = hunk.splitlines()
+            old, new = ("".join(line[1:] + "\n" for line in lines if line[0] != sign) for sign in "+-")
+            assert text.count(old) == 1, f"{name} has {text.count(old)} times:\n{old}"
+            text = text.replace(old, new)
+        (copy / name).write_text(text, encoding="utf-8")
+
+    def run(script, *argv):
+        subprocess.run([sys.executable, copy / script, *argv], check=True, cwd=tmp_path,
+                       env=dict(os.environ, OMP_NUM_THREADS="1"), stdout=subprocess.DEVNULL)
+    return run
+
+
+def judged(run, tmp_path, root, *more):
+    """The metrics of a short run with the changed code."""
+    run("train.py", *flags(root, tmp_path / "run", "--epochs", "1", *more))
+    run("evaluate.py", "run", "--device", "cpu")
+    assert drawn(tmp_path / "run/predictions.png")
+    return json.loads((tmp_path / "run/metrics.json").read_text())["metrics"]
+
+
+def test_readmes_gate_opens_as_many_experts_as_hold_half_of_the_probability(mini, tmp_path):
+    run = changed(tmp_path, 0)
+    assert set(judged(run, tmp_path, mini, "--gating", "topp")) == set(TASKS)
+    (tmp_path / "gate.py").write_text(
+        "import sys, torch\nsys.path.insert(0, 'copy')\nimport ase\n"
+        "logits = torch.tensor([[9.0, 5.0, 1.0, 2.0, 0.0], [9.0, 1.0, 1.0, 1.0, 1.0]])\n"
+        "gates = ase.gate(logits, 1, 1, 'topp')\n"
+        "assert (gates > 0).sum(-1).tolist() == [2, 3], gates\n"
+        "torch.testing.assert_close(gates.sum(-1), torch.ones(2))\n")
+    run("../gate.py")
+
+
+def test_readmes_sixth_task_is_learned_and_judged(tmp_path):
+    run = changed(tmp_path, 1)
+    run("data.py", "deep", "--make", "5", "3", "--size", "48")
+    metrics = judged(run, tmp_path, tmp_path / "deep")
+    assert set(metrics) == {*TASKS, "depth"} and 0 < metrics["depth"] < 20
+    scene = data.scene(0, 36, 48)
+    written = np.asarray(Image.open(tmp_path / "deep/depth/2008_000001.png"))
+    near = scene["depth"] < 25
+    assert near.any() and abs(written[near] / 10 - scene["depth"][near]).max() <= 0.0501
+
+
+def test_readmes_other_data_set_with_three_tasks(mini, tmp_path):
+    root = tmp_path / "nyud"
+    for split in ("train", "val"):
+        (root / "gt_sets").mkdir(parents=True, exist_ok=True)
+        shutil.copy(mini / f"ImageSets/Context/{split}.txt", root / f"gt_sets/{split}.txt")
+        for id in data.read_ids(mini, split):
+            for name, there in (("image", "images"), ("normals", "normals"), ("semseg", "segmentation")):
+                source = data.find(mini, name, id)
+                (root / there).mkdir(exist_ok=True)
+                shutil.copy(source, root / there / source.name)
+            path = root / f"segmentation/{id}.png"
+            classes = np.array(Image.open(path))
+            Image.fromarray(np.where(classes == IGNORE, 0, classes + 1).astype(np.uint8)).save(path)
+    metrics = judged(changed(tmp_path, 2), tmp_path, root, "--backbone", "vit_tiny")
+    assert set(metrics) == {"semseg", "edge", "normals"}
+
+
 def test_bad_input_of_data(tmp_path, capsys, mini):
     assert "no data folder" in fails(capsys, data.main, tmp_path / "nowhere")
     assert "exists" in fails(capsys, data.main, mini, "--make", 3, 3)

@@ -108,7 +108,7 @@ def train(settings, args, rank, world, device):
         if parameter.requires_grad:
             groups[pretrained and ase.part(name) == "backbone"].append(parameter)
     groups = [{"params": groups[False], "share": 1.0}, {"params": groups[True], "share": PRETRAINED_LR}]
-    optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY, fused=True)
     start = 0
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
