@@ -1,6 +1,7 @@
 """Adaptive Shared Experts (ASE): the whole model, from the gates to the heads.
 
     python ase.py            what the model is made of: parameters by part, for every row of Table 1
+    python ase.py --bench    what the experts cost, beside their alternatives, in about four minutes
 
 A vision transformer (ViT) pretrained on one task serves T dense-prediction tasks. Its weights stay frozen;
 beside them are trained: a LoRA of rank 4 on every linear layer, N LoRA experts of rank r in parallel with
@@ -20,8 +21,10 @@ import argparse
 import json
 import math
 import re
+import time
 from collections import OrderedDict
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -160,11 +163,15 @@ class LoRAExperts(nn.Module):
         c = self.config
         z = self.logits(x)                                                               # (T, B·L, N)
         gates = gate(z, c.shared, c.topk, c.gating)                                      # (T, B·L, N)
-        hidden = x.flatten(1, 2) @ self.down.flatten(0, 1).T                             # (T, B·L, N·R)
-        hidden = hidden.unflatten(-1, (c.experts, c.rank)) * gates.to(hidden.dtype).unsqueeze(-1)
-        update = hidden.flatten(-2) @ self.up.flatten(0, 1)                              # (T, B·L, D)
+        update = self.mix(x.flatten(1, 2), gates)                                        # (T, B·L, D)
         probs = z[..., c.shared:].softmax(-1).mean(1)                                    # (T, N−S)
         return update.view_as(x), probs, gates.mean(1)
+
+    def mix(self, x, gates):
+        """Σ g_i E_i(x). x (T, B·L, D), gates (T, B·L, N) → (T, B·L, D)."""
+        hidden = x @ self.down.flatten(0, 1).T                                           # (T, B·L, N·R)
+        hidden = hidden.unflatten(-1, (self.config.experts, -1)) * gates.to(hidden.dtype).unsqueeze(-1)
+        return hidden.flatten(-2) @ self.up.flatten(0, 1)                                # (T, B·L, D)
 
     def reference(self, x):
         """The update without noise as the paper prints it: a loop over tasks, tokens and experts."""
@@ -521,11 +528,143 @@ PAPER_PARAMETERS = {"MTL-ViT": 104, "LoRA-MoE (16/4/0/4)": 107, "LoRA-MoE (32/8/
                     "ASE (16/3/1/4)": 107, "ASE (32/6/2/2)": 108}
 
 
+class AlwaysOn(nn.Module):
+    """The yardstick: one LoRA beside the FFN, as wide as all experts together, without a router."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.down = nn.Parameter(0.02 * torch.randn(config.experts * config.rank, config.dim))
+        self.up = nn.Parameter(0.02 * torch.randn(config.experts * config.rank, config.dim))
+
+    def forward(self, x):
+        return x @ self.down.T @ self.up, x.new_zeros(len(x), 0), x.new_zeros(len(x), 0)
+
+
+class Loop(LoRAExperts):
+    """Sparse dispatch as it is usually written: one expert after another, on the tokens that selected it."""
+
+    def mix(self, x, gates):
+        y = torch.zeros_like(x)
+        for i in range(self.config.experts):
+            at = gates[..., i].nonzero(as_tuple=True)
+            y = y.index_put(at, x[at] @ self.down[i].T @ self.up[i] * gates[..., i][at].to(x.dtype)[:, None],
+                            accumulate=True)
+        return y
+
+
+class Gather(LoRAExperts):
+    """Sparse dispatch without a loop: every token fetches the matrices of its own K + S experts."""
+
+    def mix(self, x, gates):
+        g, chosen = gates.topk(self.config.topk + self.config.shared, sorted=False)      # (T, B·L, K+S)
+        hidden = torch.einsum("tld,tlkrd->tlkr", x, self.down[chosen]) * g.to(x.dtype).unsqueeze(-1)
+        return torch.einsum("tlkr,tlkrd->tld", hidden, self.up[chosen])
+
+
+def compare(functions, rounds=7):
+    """Time {name: function} in turn → {name: cell}: the first one's milliseconds, and the median of the
+    others' ratios to it, ± half the distance between their quartiles."""
+    times = {name: [] for name in functions}
+    for n in range(rounds + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times[name] += [time.perf_counter() - start] if n else []  # the first round warms up
+    first, *others = (torch.tensor(t) for t in times.values())
+    cells = [f"{1e3 * first.median():.1f} ms"]
+    for t in others:
+        low, median, high = (t / first).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+        cells.append(f"{median:.2f} ±{(high - low) / 2:.2f}")
+    return dict(zip(functions, cells))
+
+
+def bench():
+    """Print what the experts cost at ViT-base width for one image: five tasks of 197 tokens each."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    x = torch.randn(5, 1, 197, 768, device=device, requires_grad=True)
+    images = torch.randn(1, 3, 224, 224, device=device)
+
+    def build(layer, numbers, depth=1):
+        model = ASE(Config(**dict(zip(("experts", "topk", "shared", "rank"), numbers)), depth=depth))
+        for block in model.blocks:
+            block.experts = layer and layer(model.config)
+        return model.to(device)
+
+    def forward(layer):
+        with torch.inference_mode(), autocast:
+            layer.eval()(x)
+        layer.train()
+
+    def total(y):
+        return y.float().sum() if torch.is_tensor(y) else sum(map(total, y))
+
+    def both(function, x):
+        with autocast:
+            y = function(x)
+        total(y).backward()
+
+    def step(model, optimizer):
+        both(lambda x: model(x)[0].values(), images)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def show(title, rows, cells):
+        print(f"{title:24}" + "".join(f"{head:>17}" for head in cells))
+        for row in rows:
+            print(f"{row:24}" + "".join(f"{column.get(row, '–'):>17}" for column in cells.values()))
+
+    settings = ((16, 3, 1, 4), (32, 6, 2, 2), (64, 12, 4, 1), (128, 24, 8, 1), (256, 48, 16, 1))
+    rows = {"one LoRA of rank 64": (AlwaysOn, settings[1]), "no experts": (None, settings[1])}
+    rows |= {"fused ({}/{}/{}/{})".format(*numbers): (LoRAExperts, numbers) for numbers in settings}
+    rows |= {"loop (32/6/2/2)": (Loop, settings[1]), "gather (32/6/2/2)": (Gather, settings[1])}
+    heads = ("layer, forward", "layer, fwd+bwd", "block, fwd+bwd", "features, f+b", "step")
+    columns = {head: {} for head in heads}
+    memory = {}
+    for name, (layer, numbers) in rows.items():
+        whole = name in ("one LoRA of rank 64", "fused (32/6/2/2)", "loop (32/6/2/2)")
+        model = build(layer, numbers, 12 if whole else 1)
+        block, kept = model.blocks[0], {}
+
+        def note(t):  # what a block keeps for its backward pass
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), autocast:
+            block(x)
+        memory[name] = f"{sum(kept.values()) / 1e6:.0f}"
+        columns["block, fwd+bwd"][name] = partial(both, block, x)
+        if layer:
+            columns["layer, forward"][name] = partial(forward, block.experts)
+            columns["layer, fwd+bwd"][name] = partial(both, block.experts, x)
+        if whole:
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+            columns["features, f+b"][name] = partial(both, model.features, images)
+            columns["step"][name] = partial(step, model, optimizer)
+    cells = {head: compare(functions) for head, functions in columns.items()} | {"MB kept": memory}
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    print(f"ViT-base, one image, five tasks; {name}, {torch.get_num_threads()} threads, "
+          f"torch {torch.__version__}\nfirst row: time; others: relative to it, medians of 7 rounds, "
+          "± half the distance of the quartiles\n")
+    show("(N/k/S/r)", rows, cells)
+    cells = {}
+    for rank in (4, 16, 64, 256):
+        layers = {kind: build(layer, (16, 3, 1, rank)).blocks[0].experts
+                  for kind, layer in (("fused", LoRAExperts), ("loop", Loop))}
+        cells[f"N·r = {16 * rank}"] = compare({kind: partial(both, f, x) for kind, f in layers.items()})
+    print("\nSparse dispatch computes a quarter of it (N = 16, k + S = 4); layer, fwd+bwd:")
+    show("", layers, cells)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = lambda message: parser.exit(2, f"error: {message}: `python ase.py --help` tells what is\n")
-    parser.parse_args(argv)
+    parser.add_argument("--bench", action="store_true", help="time the experts beside their alternatives")
+    if parser.parse_args(argv).bench:
+        return bench()
     names = ("backbone", "LoRA", "experts", "routers", "embeddings", "heads")
     print("ViT-base at 224×224, five tasks; (N/k/S/r) as in the paper's Table 1. Parameters in millions:\n")
     heading = f"{'':20}" + "".join(f"{name:>11}" for name in names) + f"{'total':>9}"

@@ -573,6 +573,36 @@ def test_the_command_prints_every_row_of_table_1(capsys):
         assert work.startswith(name) and work.endswith(f"{sum(ase.multiply_adds(c).values()) / 1e9:.2f}")
 
 
+@pytest.mark.parametrize("dispatch", [ase.Loop, ase.Gather])
+@both_gatings
+def test_sparse_dispatch_computes_what_the_fused_experts_do(dispatch, gating):
+    config = small(gating=gating)
+    fused, sparse = randomise(ase.LoRAExperts(config)).eval(), randomise(dispatch(config)).eval()
+    sparse.load_state_dict(fused.state_dict())
+    x = random(2, 3, 5, 18)
+    results = []
+    for layer in (fused, sparse):
+        update = layer(x)[0]
+        (update * random(*x.shape)).sum().backward()
+        results.append((update, layer.down.grad, layer.up.grad, layer.router.grad))
+    torch.testing.assert_close(*results)
+
+
+def test_the_bench_builds_every_row_and_times_in_turn(capsys, monkeypatch):
+    called = []
+    times = ase.compare({name: lambda name=name: called.append(name) for name in "abc"}, rounds=2)
+    assert called == list("abcabcabc") and times["a"].endswith("ms") and "±" in times["c"]
+
+    def once(functions):
+        next(iter(functions.values()))() if len(functions) != 3 else None  # not the whole model: seconds
+        return dict.fromkeys(functions, "timed")
+
+    monkeypatch.setattr(ase, "compare", once)
+    ase.main(["--bench"])
+    told = capsys.readouterr().out
+    assert told.count("timed") == 2 * 8 + 9 + 2 * 3 + 2 * 4
+
+
 @pytest.mark.parametrize("experts, lora", [(0, 0), (0, 3), (7, 0), (7, 3)])
 def test_multiply_adds_against_torchs_own_count(experts, lora):
     c = ase.Config(image=24, patch=8, dim=26, depth=3, heads=2, head_dim=11, tasks={"a": 2, "b": 5},
@@ -1887,7 +1917,7 @@ def test_the_check_sees_normals_upside_down(broken, tmp_path, capsys, monkeypatc
     assert "UPSIDE DOWN" in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------------- README's three worked changes
+# ------------------------------------------------------------------------------ README's three worked changes
 
 
 def changed(tmp_path, number):

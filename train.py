@@ -43,7 +43,7 @@ from data import TASKS, UserError
 
 # What the paper does not say is ours: optimiser, learning rate, warm-up, clipping.
 DEFAULTS = {
-    "demo": dict(backbone="vit_tiny", epochs=8, batch=8, lr=2e-3, val_subset=50),
+    "demo": dict(backbone="vit_tiny", epochs=11, batch=8, lr=2e-3, val_subset=50),
     "pascal": dict(backbone="vit_base", epochs=40, batch=32, lr=5e-4, val_subset=500),
 }
 WEIGHT_DECAY = 0.01
@@ -213,7 +213,7 @@ class Log:
               + f"{'lr':>10}{'images/s':>10}{'left':>9}", flush=True)
 
     def lap(self, stage):
-        """The time since the last lap went into `stage`; on a GPU, which works on by itself, that of the CPU."""
+        """The time since the last lap went into `stage`. A GPU works on by itself: there it is the CPU's."""
         now = time.time()
         self.stages[stage] += now - self.last
         self.last = now
