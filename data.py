@@ -376,9 +376,9 @@ def thin(x, passes=None):
     return inside
 
 
-def unit(x):
-    """Vectors x (B, 3, …) at length 1, zero stays zero: what F.normalize does in 50 times the time on a CPU."""
-    return x * (x.square().sum(1, keepdim=True) + 1e-24).rsqrt()
+def unit(x, dim=1):
+    """Vectors along `dim` at length 1, zero stays zero: what F.normalize does in 50 times the time on a CPU."""
+    return x * (x.square().sum(dim, keepdim=True) + 1e-24).rsqrt()
 
 
 def targets(planes, inside=None, passes=None):
