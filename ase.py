@@ -441,6 +441,12 @@ def read_backbone(path):
         raise ValueError(f"{path} holds a {type(state).__name__}: {accepted}")
     state = {re.sub(r"^((module|backbone|vit)\.)+", "", str(name)): x for name, x in state.items()
              if isinstance(x, torch.Tensor) and x.layout == torch.strided and x.is_floating_point()}
+    for name, x in state.items():  # one number, repeated, makes a tensor of any size
+        if x.numel() * x.element_size() > path.stat().st_size:
+            raise ValueError(f"{name} in {path} claims more numbers than the file has bytes: {accepted}")
+    for name, x in state.items():  # one number, repeated, makes a tensor of any size
+        if x.numel() * x.element_size() > path.stat().st_size:
+            raise ValueError(f"{name} in {path} claims more numbers than the file has bytes: {accepted}")
     for name in [name for name in state if ".attention.attention.query." in name]:
         parts = [state.get(name.replace("query", which)) for which in ("query", "key", "value")]
         if all(x is not None and x.shape[1:] == parts[0].shape[1:] and x.dim() for x in parts):

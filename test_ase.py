@@ -521,6 +521,7 @@ FAULTS = {  # a name → what the file holds, and what the error says of it
     "no square": (lambda s: s | {"pos_embed": torch.zeros(1, 7, 18)}, "7 position embeddings"),
     "no positions": (lambda s: s | {"pos_embed": torch.zeros(1, 1, 18)}, "1 position embeddings"),
     "flat positions": (lambda s: s | {"pos_embed": torch.zeros(18)}, "holds no ViT"),
+    "one number for 2^40": (lambda s: s | {"pos_embed": torch.zeros(1).expand(1, 1 + 2**40, 18)}, "pos_embed"),
     "depth": (lambda s: backbone_of(small(depth=3)), "3 blocks.* 2 blocks"),
     "patch": (lambda s: backbone_of(small(image=16, patch=8)), "patch 8.* patch 4"),
     "header of 2^60 bytes": (lambda s: safetensors(s, length=2**60), "header"),
