@@ -640,6 +640,8 @@ def bench():
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), autocast:
             block(x)
+        for p in block.parameters():
+            kept.pop(p.untyped_storage().data_ptr(), None)
         memory[name] = f"{sum(kept.values()) / 1e6:.0f}"
         columns["block, fwd+bwd"][name] = partial(both, block, x)
         if layer:

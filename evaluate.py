@@ -467,9 +467,9 @@ BASELINES = {
     "survey": {"semseg": 66.2, "human_parts": 59.9, "sal": 66.3, "edge": 68.8, "normals": 13.9},
     # single-task models of the default demo, means of seeds 0 and 1, 2026-11-25, 2 cores, torch 2.13.0:
     # for each TASK and SEED, python train.py --experts 0 --tasks TASK --seed SEED --out runs/TASK-SEED
-    # semseg 27.01, 25.96; human_parts 25.49, 25.33;
-    # sal 55.83, 55.39; edge 38.66, 38.01; normals 20.71, 20.56
-    "demo": {"semseg": 26.49, "human_parts": 25.41, "sal": 55.61, "edge": 38.33, "normals": 20.64},
+    # semseg 35.73, 33.64; human_parts 27.22, 27.27;
+    # sal 57.54, 57.04; edge 41.31, 41.48; normals 20.71, 20.24
+    "demo": {"semseg": 34.68, "human_parts": 27.24, "sal": 57.29, "edge": 41.39, "normals": 20.48},
 }
 
 

@@ -1998,7 +1998,7 @@ def judged(run, tmp_path, root, *more):
 
 def test_readmes_gate_opens_as_many_experts_as_hold_half_of_the_probability(mini, tmp_path):
     run = changed(tmp_path, 0)
-    assert set(judged(run, tmp_path, mini, "--gating", "topp")) == set(TASKS)
+    run("train.py", *flags(mini, tmp_path / "run", "--epochs", "1", "--gating", "topp", "--tasks", "sal"))
     (tmp_path / "gate.py").write_text(
         "import sys, torch\nsys.path.insert(0, 'copy')\nimport ase\n"
         "logits = torch.tensor([[9.0, 5.0, 1.0, 2.0, 0.0], [9.0, 1.0, 1.0, 1.0, 1.0]])\n"
