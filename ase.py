@@ -20,6 +20,7 @@ the result's shape.
 import argparse
 import json
 import math
+import os
 import re
 import time
 from collections import OrderedDict
@@ -583,15 +584,40 @@ def compare(functions, rounds=7):
     return dict(zip(functions, cells))
 
 
+# operators by a part of their name → what `profile` calls them, the first one that fits
+OPERATORS = {"mm": "linear layers", "scaled_dot": "attention", "convolution": "convolutions",
+             "upsample": "upsampling", "layer_norm": "norms", "group_norm": "norms", "gelu": "GELU, ReLU",
+             "clamp_min": "GELU, ReLU", "threshold": "GELU, ReLU", "adamw": "AdamW", "": "the rest"}
+
+
+def profile(step):
+    """{kind of operator: share of the time of `step`}. A product with a side of at most N·r = 64 is an
+    expert's, a router's or a LoRA's."""
+    spent = dict.fromkeys(("linear layers", "LoRA, experts, routers", *OPERATORS.values()), 0)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler tells when it starts and stops
+    with torch.profiler.profile(record_shapes=True) as record:
+        step()
+    time = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    for event in record.key_averages(group_by_input_shape=True):
+        if event.device_type == torch.autograd.DeviceType.CPU:  # on a GPU, too: operators, not their kernels
+            kind = next(kind for key, kind in OPERATORS.items() if key in event.key)
+            sides = [side for shape in event.input_shapes for side in shape if isinstance(side, int)]
+            if kind == "linear layers" and min(sides, default=65) <= 64:
+                kind = "LoRA, experts, routers"
+            spent[kind] += getattr(event, time)
+    return {kind: f"{t / sum(spent.values()):.1%}" for kind, t in spent.items()}
+
+
 def bench():
-    """Print what the experts cost at ViT-base width for one image: five tasks of 197 tokens each."""
+    """Print what the experts cost at ViT-base width for one image, five tasks of 197 tokens each, and where
+    the time of a step goes."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     x = torch.randn(5, 1, 197, 768, device=device, requires_grad=True)
     images = torch.randn(1, 3, 224, 224, device=device)
 
-    def build(layer, numbers, depth=1):
-        model = ASE(Config(**dict(zip(("experts", "topk", "shared", "rank"), numbers)), depth=depth))
+    def build(layer, numbers, **shape):
+        model = ASE(Config(**dict(zip(("experts", "topk", "shared", "rank"), numbers)), **shape))
         for block in model.blocks:
             block.experts = layer and layer(model.config)
         return model.to(device)
@@ -609,10 +635,28 @@ def bench():
             y = function(x)
         total(y).backward()
 
-    def step(model, optimizer):
-        both(lambda x: model(x)[0].values(), images)
-        optimizer.step()
-        optimizer.zero_grad()
+    def step_of(model, images):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+
+        def step():
+            both(lambda x: model(x)[0].values(), images)
+            optimizer.step()
+            optimizer.zero_grad()
+        return step
+
+    def kept_by(block):
+        """MB that a block keeps for its backward pass, parameters left out."""
+        kept = {}
+
+        def note(t):
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), autocast:
+            block(x)
+        for p in block.parameters():
+            kept.pop(p.untyped_storage().data_ptr(), None)
+        return f"{sum(kept.values()) / 1e6:.0f}"
 
     def show(title, rows, cells):
         print(f"{title:24}" + "".join(f"{head:>17}" for head in cells))
@@ -628,39 +672,38 @@ def bench():
     memory = {}
     for name, (layer, numbers) in rows.items():
         whole = name in ("one LoRA of rank 64", "fused (32/6/2/2)", "loop (32/6/2/2)")
-        model = build(layer, numbers, 12 if whole else 1)
-        block, kept = model.blocks[0], {}
-
-        def note(t):  # what a block keeps for its backward pass
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), autocast:
-            block(x)
-        for p in block.parameters():
-            kept.pop(p.untyped_storage().data_ptr(), None)
-        memory[name] = f"{sum(kept.values()) / 1e6:.0f}"
+        model = build(layer, numbers, depth=12 if whole else 1)
+        block = model.blocks[0]
+        memory[name] = kept_by(block)
         columns["block, fwd+bwd"][name] = partial(both, block, x)
         if layer:
             columns["layer, forward"][name] = partial(forward, block.experts)
             columns["layer, fwd+bwd"][name] = partial(both, block.experts, x)
         if whole:
-            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
             columns["features, f+b"][name] = partial(both, model.features, images)
-            columns["step"][name] = partial(step, model, optimizer)
+            columns["step"][name] = step_of(model, images)
     cells = {head: compare(functions) for head, functions in columns.items()} | {"MB kept": memory}
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"ViT-base, one image, five tasks; {name}, {torch.get_num_threads()} threads, "
           f"torch {torch.__version__}\nfirst row: time; others: relative to it, medians of 7 rounds, "
           "± half the distance of the quartiles\n")
     show("(N/k/S/r)", rows, cells)
+
     cells = {}
     for rank in (4, 16, 64, 256):
-        layers = {kind: build(layer, (16, 3, 1, rank)).blocks[0].experts
+        layers = {kind: build(layer, (16, 3, 1, rank), depth=1).blocks[0].experts
                   for kind, layer in (("fused", LoRAExperts), ("loop", Loop))}
         cells[f"N·r = {16 * rank}"] = compare({kind: partial(both, f, x) for kind, f in layers.items()})
     print("\nSparse dispatch computes a quarter of it (N = 16, k + S = 4); layer, fwd+bwd:")
     show("", layers, cells)
+
+    demo = build(LoRAExperts, settings[1], **BACKBONES["vit_tiny"])
+    steps = {"ViT-base": columns["step"]["fused (32/6/2/2)"],
+             "demo, 8 images": step_of(demo, torch.randn(8, 3, 112, 112, device=device))}
+    steps["demo, 8 images"]()  # warms up
+    shares = {name: profile(step) for name, step in steps.items()}
+    print("\nWhere the time of a step of (32/6/2/2) goes, by operator (torch.profiler):")
+    show("", shares["ViT-base"], shares)
 
 
 def main(argv=None):

@@ -601,9 +601,20 @@ def test_the_bench_builds_every_row_and_times_in_turn(capsys, monkeypatch):
         return dict.fromkeys(functions, "timed")
 
     monkeypatch.setattr(ase, "compare", once)
+    monkeypatch.setattr(ase, "profile", lambda step: {"a kind": "profiled"})
     ase.main(["--bench"])
     told = capsys.readouterr().out
-    assert told.count("timed") == 2 * 8 + 9 + 2 * 3 + 2 * 4
+    assert told.count("timed") == 2 * 8 + 9 + 2 * 3 + 2 * 4 and told.count("profiled") == 2
+
+
+@pytest.mark.parametrize("sides, kind", [((300, 300), "linear layers"), ((300, 64), "LoRA, experts, routers")])
+def test_a_profile_tells_thin_products_from_wide_ones(sides, kind):
+    x, weight = torch.randn(700, 300), torch.randn(sides, requires_grad=True)
+    shares = ase.profile(lambda: (x @ weight).sum().backward())
+    shares = {name: float(share.removesuffix("%")) for name, share in shares.items()}
+    assert sum(shares.values()) == pytest.approx(100, abs=1)
+    others = {"linear layers", "LoRA, experts, routers", "convolutions"} - {kind}
+    assert shares[kind] > 40 and max(shares[other] for other in others) < 10
 
 
 @pytest.mark.parametrize("experts, lora", [(0, 0), (0, 3), (7, 0), (7, 3)])
