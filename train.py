@@ -167,7 +167,7 @@ def train(settings, args, rank, world, device):
             optimizer.zero_grad(set_to_none=True)
             log.lap("optimiser")
             log.step(step, lr, norm)
-        val = validate(model, splits["val"], settings, args.workers) if rank == 0 else None
+        val = validate(model, splits["val"], settings, args.workers, rank, world)
         log.epoch(epoch, val, config.shared)
         if rank == 0:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}
@@ -286,21 +286,25 @@ def peak_memory(device):
 
 
 @torch.inference_mode()
-def validate(model, dataset, settings, threads):
-    """{task: loss} over a split; every pixel with ground truth counts the same."""
+def validate(model, dataset, settings, threads, rank=0, world=1):
+    """{task: loss} over a split; every pixel with ground truth counts the same, whoever sees it."""
     model.eval()
     device = next(model.parameters()).device
     plan = [indices.tolist() for indices in torch.arange(len(dataset)).split(settings["batch"])]
-    sums, pixels = 0, 0
-    for canvas in dataset.canvases(plan, device, threads):
+    tasks = list(model.config.tasks)
+    sums, pixels = torch.zeros(2, len(tasks), device=device)
+    for canvas in dataset.canvases(plan[rank::world], device, threads):
         part = data.warp(*canvas, model.config.image, settings["mean_std"])
         with evaluate.autocast(device):
             predictions, _ = model(part.images)
-        counts = evaluate.count_pixels({task: part.targets[task] for task in predictions})
+        counts = evaluate.count_pixels({task: part.targets[task] for task in tasks})
         losses = evaluate.losses(predictions, part.targets, counts)
-        sums = sums + torch.stack(list(losses.values())) * counts[:, 0]
-        pixels = pixels + counts[:, 0]
-    return dict(zip(losses, (sums / pixels.clamp(min=1)).tolist()))
+        sums += torch.stack(list(losses.values())) * counts[:, 0]
+        pixels += counts[:, 0]
+    if world > 1:
+        dist.all_reduce(sums)
+        dist.all_reduce(pixels)
+    return dict(zip(tasks, (sums / pixels.clamp(min=1)).tolist()))
 
 
 # --------------------------------------------------------------------- before the loop: what is there already
