@@ -1442,6 +1442,45 @@ def tree(root):
     return {path: path.stat().st_mtime_ns for path in sorted(root.rglob("*"))}
 
 
+def test_batches_from_the_cache_are_those_from_the_files_and_come_faster(tmp_path):
+    """`pytest test_ase.py -k come_faster -s` prints the rates, for 500-pixel images and batches at 224."""
+    data.make_demo(tmp_path / "demo", 8, 1, 500)
+    files = data.PascalContext(tmp_path / "demo", "train", 224)
+    cache = data.build_cache(files.root, files.ids, tmp_path / "cache")
+    cached = data.PascalContext(tmp_path / "demo", "train", 224, cache)
+    plan = torch.arange(8).split(4)
+    warps = data.random_warps(8, torch.Generator().manual_seed(0))
+
+    def batches(dataset, threads):
+        canvases = dataset.canvases([indices.tolist() for indices in plan], torch.device("cpu"), threads)
+        return [data.warp(*canvas, 224, "half", warps[indices]) for canvas, indices in zip(canvases, plan)]
+
+    for one, other in zip(batches(files, 1), batches(cached, 2)):
+        assert torch.equal(one.images, other.images)
+        assert all(torch.equal(one.targets[task], other.targets[task]) for task in TASKS)
+    rates = {}
+    threads = torch.get_num_threads()
+    for name, dataset in (("files", files), ("cache", cached)):
+        torch.set_num_threads(1)
+        jobs = {"read, one core": lambda: [dataset.planes(i) for i in range(8)],
+                "batches, one core": lambda: [data.warp(*dataset.canvas(indices), 224, "half", warps[indices])
+                                              for indices in plan],
+                "batches, two cores": lambda: batches(dataset, 2)}
+        for job, function in jobs.items():
+            torch.set_num_threads(2 if "two" in job else 1)
+            times = []
+            for _ in range(7):
+                start = time.perf_counter()
+                function()
+                times.append(time.perf_counter() - start)
+            rates[name, job] = 8 / np.median(times)
+    torch.set_num_threads(threads)
+    for job in jobs:
+        print(f"\n{job}: {rates['cache', job]:.0f} images/s from the cache, "
+              f"{rates['files', job]:.0f} from the files", end="")
+    assert rates["cache", "read, one core"] > 3 * rates["files", "read, one core"]
+
+
 def test_a_data_set_is_not_written_to_where_the_cache_is_elsewhere(broken, tmp_path):
     before = tree(broken)
     train.main(flags(broken, tmp_path / "run", "--weights", "none", "--epochs", "1"))
