@@ -449,26 +449,14 @@ def resolve(args):
     return settings
 
 
-def whole(low):
-    """An argparse type: a whole number, `low` or more."""
+def number(kind, low):
+    """An argparse type: a finite number, `kind` int or float, `low` or more."""
     def parse(text):
-        if not text.lstrip("-").isdigit() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number, {low} or more")
-        return int(text)
-    return parse
-
-
-def real(low, strictly):
-    """An argparse type: a finite number, above `low` or, if not `strictly`, `low` itself."""
-    def parse(text):
-        try:
-            number = float(text)
-        except ValueError:
-            number = math.nan
-        if not (low < number < math.inf or number == low and not strictly):
-            raise argparse.ArgumentTypeError(f"found {text!r}, expected a number "
-                                             f"{'above' if strictly else 'from'} {low}")
-        return number
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) < math.inf:
+                return kind(text)
+        what = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected {what}, {low} or more")
     return parse
 
 
@@ -480,19 +468,21 @@ def main(argv=None):
 
     parser = argparse.ArgumentParser(description=__doc__)
     group = parser.add_argument_group("the model")
-    group.add_argument("--experts", type=whole(0), default=16, metavar="N",
+    group.add_argument("--experts", type=number(int, 0), default=16, metavar="N",
                        help="experts in a layer, shared ones included; 0: no experts at all (default 16)")
-    group.add_argument("--topk", type=whole(0), default=3, metavar="K",
+    group.add_argument("--topk", type=number(int, 0), default=3, metavar="K",
                        help="sparse experts active for a token, shared ones not included (default 3)")
-    group.add_argument("--shared", type=whole(0), default=1, metavar="S", help="shared experts (default 1)")
-    group.add_argument("--rank", type=whole(0), default=4, metavar="R", help="rank of an expert (default 4)")
+    group.add_argument("--shared", type=number(int, 0), default=1, metavar="S",
+                       help="shared experts (default 1)")
+    group.add_argument("--rank", type=number(int, 0), default=4, metavar="R",
+                       help="rank of an expert (default 4)")
     group.add_argument("--gating", default="joint", metavar="|".join(ase.GATINGS),
                        help="joint: one softmax over selected and shared experts, ASE; "
                             "fixed: softmax before top-k, shared gates are 1 (default joint)")
-    group.add_argument("--lora", type=whole(0), metavar="R",
+    group.add_argument("--lora", type=number(int, 0), metavar="R",
                        help="rank of the LoRA on the backbone; 0 trains it in full (default 4, or 0 "
                             "without experts)")
-    group.add_argument("--mi", type=real(0, False), default=0.005, metavar="W",
+    group.add_argument("--mi", type=number(float, 0), default=0.005, metavar="W",
                        help="weight of the mutual information loss (default 0.005, Mod-Squad's)")
     group.add_argument("--tasks", metavar="A,B", help=f"some of {','.join(TASKS)} (default all)")
     group.add_argument("--backbone", metavar="NAME",
@@ -508,20 +498,21 @@ def main(argv=None):
                        help="a folder in PASCAL-Context's layout; "
                             "demo is made if it isn't there (default demo)")
     group.add_argument("--cache", metavar="DIR", help="where parsed images are kept (default: DIR/cache)")
-    group.add_argument("--size", type=whole(1), metavar="PIXELS",
+    group.add_argument("--size", type=number(int, 1), metavar="PIXELS",
                        help="side of the network's square input (default: the backbone's, 112 or 224)")
-    group.add_argument("--workers", type=whole(1), default=2, metavar="N",
+    group.add_argument("--workers", type=number(int, 1), default=2, metavar="N",
                        help="threads that read ahead (default 2)")
     group = parser.add_argument_group("the training (the paper says no more than: 40 epochs)")
     group.add_argument("--out", default="run", metavar="DIR", help="the run folder (default run)")
-    group.add_argument("--epochs", type=whole(1), metavar="N", help="passes over the images "
-                                                                    f"{both('epochs')}")
-    group.add_argument("--batch", type=whole(1), metavar="N", help="images a step, on all devices "
-                                                                   f"{both('batch')}")
-    group.add_argument("--micro-batch", type=whole(1), metavar="N",
+    group.add_argument("--epochs", type=number(int, 1), metavar="N",
+                       help=f"passes over the images {both('epochs')}")
+    group.add_argument("--batch", type=number(int, 1), metavar="N",
+                       help=f"images a step, on all devices {both('batch')}")
+    group.add_argument("--micro-batch", type=number(int, 1), metavar="N",
                        help="images at a time on one device; gradients add up to the batch's (default: all)")
-    group.add_argument("--lr", type=real(0, True), metavar="X", help=f"highest learning rate {both('lr')}")
-    group.add_argument("--seed", type=whole(0), default=0, metavar="N",
+    group.add_argument("--lr", type=number(float, 1e-9), metavar="X",
+                       help=f"highest learning rate {both('lr')}")
+    group.add_argument("--seed", type=number(int, 0), default=0, metavar="N",
                        help="of everything random (default 0)")
     group.add_argument("--device", metavar="NAME", help="cpu, cuda, … (default: cuda where there is one)")
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
