@@ -17,9 +17,9 @@ import concurrent.futures
 import contextlib
 import json
 import math
-import os
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -82,7 +82,8 @@ def balanced_bce(prediction, target, valid, positive):
 
 def edge_bce(prediction, target, valid, positive):
     """The same with w = 0.95, whatever the batch."""
-    return _weighted_bce(prediction, target, torch.tensor(0.95, device=target.device)) / valid.clamp(min=1)
+    weight = torch.full((), 0.95, device=target.device)
+    return _weighted_bce(prediction, target, weight) / valid.clamp(min=1)
 
 
 def normals_l1(prediction, target, valid, positive):
@@ -445,7 +446,7 @@ def judge(model, dataset, mean_std, device, protocol=Protocol()):
             yield dataset.root, id, image, squashed, protocol
 
     with concurrent.futures.ThreadPoolExecutor(2) as readers, data.workers() as pool:
-        results = data.ahead(_judge, jobs(readers), pool, depth=4 * os.cpu_count())
+        results = data.ahead(_judge, jobs(readers), pool, depth=4 * data.cores())
         for result in data.progress(results, len(dataset), "evaluate"):
             for total, one in zip(sums, result):
                 for name, numbers in one.items():
@@ -477,9 +478,9 @@ def delta_m(metrics, baseline):
     """Δm = 100/T Σ_t s_t (M_t − B_t) / B_t in percent, s = −1 if lower is better. A gap: UserError."""
     gains = []
     for task, value in metrics.items():
-        if task not in baseline:
-            raise UserError(f"the baseline has no {task}: expected {', '.join(metrics)}; name more runs, "
-                            "--baseline RUN…")
+        if not baseline.get(task):
+            raise UserError(f"the baseline has no {task}, or 0: expected {', '.join(metrics)}; "
+                            "name more runs, --baseline RUN…")
         sign = -1 if TASKS[task].lower_is_better else 1
         gains.append(sign * (value - baseline[task]) / baseline[task])
     return 100 * sum(gains) / len(gains)
@@ -531,24 +532,21 @@ def load_model(run, device):
 
 def judge_run(run, args, device):
     """The results of a run, from its metrics.json if computed before; pictures are drawn beside it."""
-    root = Path(args.data or run.settings["data"])
-    protocol = Protocol(not args.no_nms, args.thresholds)
-    path = run.folder / "metrics.json"
-    try:
-        stat = (run.folder / "checkpoint.pt").stat()
-    except OSError:
-        load_checkpoint(run.folder / "checkpoint.pt")
-    key = [stat.st_size, stat.st_mtime_ns, str(root), args.ids, args.quick, *protocol]
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        known = json.loads(path.read_text())
-        if known["key"] == key:
-            return known
-    start = time.time()
-    dataset = data.PascalContext(root, "val", run.config.image)
+    dataset = data.PascalContext(args.data or run.settings["data"], "val", run.config.image)
     if args.ids:
         dataset.ids = select_ids(dataset.ids, args.ids)
     if args.quick:
         dataset.ids = dataset.ids[::-(-len(dataset) // 50)]
+    protocol = Protocol(not args.no_nms, args.thresholds)
+    path, key = run.folder / "metrics.json", None
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no checkpoint, nothing known
+        stat = (run.folder / "checkpoint.pt").stat()
+        ids = zlib.crc32(" ".join(dataset.ids).encode())
+        key = repr((stat.st_size, stat.st_mtime_ns, str(dataset.root.resolve()), ids, *protocol))
+        known = json.loads(path.read_text())
+        if known["key"] == key:
+            return known
+    start = time.time()
     model = load_model(run, device)
     mean_std = run.settings["mean_std"]
     totals, constants, stages = judge(model, dataset, mean_std, device, protocol)
@@ -706,8 +704,11 @@ def draw_edges(path, counts, thresholds):
 
 def read_log(folder):
     """The records of a run's log.jsonl, [] where there is none."""
-    path = folder / "log.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    path, records = folder / "log.jsonl", []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):  # a crash or a full disk may have cut the last line
+            records.append(json.loads(line))
+    return records
 
 
 def draw_run(run, result, model, dataset, device):
@@ -730,6 +731,9 @@ def draw_run(run, result, model, dataset, device):
 
 def draw_photo(run, path, model, device):
     """A photo's predictions as one picture, run/NAME.png: turned as EXIF says, transparency on white."""
+    out = run.folder / f"{path.stem}.png"
+    if out.exists() and (out.samefile(path) or path.stem in ("predictions", "experts", "curves", "edges")):
+        raise UserError(f"{out} is another picture, which the photo's would replace: rename {path}")
     try:
         with Image.open(path) as photo:
             photo = ImageOps.exif_transpose(photo)
@@ -741,7 +745,6 @@ def draw_photo(run, path, model, device):
         raise UserError(f"cannot read the photo {path} ({error}): "
                         "expected an image that Pillow opens") from None
     squashed = predict(model, image, run.settings["mean_std"], device)
-    out = run.folder / f"{path.stem}.png"
     draw_predictions(out, [(image.transpose(1, 2, 0), None, to_native(squashed, image.shape[1:]))])
     print(f"drawn: {out}")
 
@@ -794,13 +797,12 @@ def print_table(runs, results, name, baseline):
         row(str(run.folder), numbers, result["metrics"], f"{delta}{total:10.2f}{trained:9.2f}")
     if name:
         row(f"baseline {name}"[:wide + 14], "", baseline)
-    row("constant", "", results[0]["constant"])
-    protocol = results[0].get("edge")
-    if protocol:
-        print(f"\n{results[0]['images']} images at native size; odsF "
-              f"{'with' if protocol['nms'] else 'without'} NMS, "
-              f"{len(protocol['thresholds'])} thresholds; baseline: "
-              f"{name or 'none for this data, name one: --baseline'}")
+    row("constant", "", {task: x for result in results for task, x in result["constant"].items()})
+    edge = next((result["edge"] for result in results if "edge" in result), None)
+    print(f"\n{results[0]['images']} images at native size; ", end="")
+    if edge:
+        print(f"odsF {'with' if edge['nms'] else 'without'} NMS, {len(edge['thresholds'])} thresholds; ", end="")
+    print(f"baseline: {name or 'none for this data, name one: --baseline'}")
 
 
 def select_ids(ids, path):
@@ -821,8 +823,8 @@ def main(argv=None):
     parser.add_argument("paths", nargs="+", metavar="RUN|PHOTO", help="run folders; photos, with one run")
     parser.add_argument("--baseline", nargs="+", metavar="NAME|RUN",
                         help=f"what Δm compares with: {', '.join(BASELINES)}, or runs whose metrics "
-                             "together make one "
-                             "(default: demo on the default demo, resnet18 elsewhere)")
+                             "together make one (default: demo on the default demo, none on "
+                             "others, else resnet18)")
     parser.add_argument("--data", metavar="DIR",
                         help="the data set (default: the one the run was trained on)")
     parser.add_argument("--device", help="cpu, cuda, … (default: cuda where there is one)")

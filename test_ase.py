@@ -607,7 +607,8 @@ def test_the_bench_builds_every_row_and_times_in_turn(capsys, monkeypatch):
     assert told.count("timed") == 2 * 8 + 9 + 2 * 3 + 2 * 4 and told.count("profiled") == 2
 
 
-@pytest.mark.parametrize("sides, kind", [((300, 300), "linear layers"), ((300, 64), "LoRA, experts, routers")])
+@pytest.mark.parametrize(
+    "sides, kind", [((300, 300), "linear layers"), ((300, 64), "LoRA, experts, routers")])
 def test_a_profile_tells_thin_products_from_wide_ones(sides, kind):
     x, weight = torch.randn(700, 300), torch.randn(sides, requires_grad=True)
     shares = ase.profile(lambda: (x @ weight).sum().backward())
@@ -1664,7 +1665,7 @@ def test_each_image_is_judged_once_and_the_number_of_workers_changes_no_bit(mini
     dataset = data.PascalContext(mini, "val", 32)
     results = []
     for cores in (1, 3):
-        monkeypatch.setattr(os, "cpu_count", lambda: cores)
+        monkeypatch.setattr(data, "cores", lambda: cores)
         results.append(evaluate.judge(model, dataset, "half", torch.device("cpu"))[:2])
     for task in TASKS:
         for one, three in zip(*results):
@@ -1790,6 +1791,18 @@ def test_a_killed_training_resumes_to_the_same_bits(mini, tmp_path):
     assert steps == [3, 6, 9, 12, 15]
 
 
+def test_a_log_cut_within_a_line_and_a_config_cut_off_do_not_stop_the_next_start(mini, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / ".config.json.17.tmp").write_text("{")
+    train.main([*flags(mini, out), "--epochs", "1"])
+    whole = evaluate.read_log(out)
+    with open(out / "log.jsonl", "ab") as file:
+        file.write(b'{"kind": "step", "los')
+    assert evaluate.read_log(out) == whole
+    assert not train.main([*flags(mini, out), "--epochs", "1"])
+
+
 def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(mini, tmp_path):
     command = [sys.executable, str(ROOT / "train.py"), *flags(mini, tmp_path / "run", "--epochs", "999")]
     environment = dict(os.environ, OMP_NUM_THREADS="1")
@@ -1824,6 +1837,9 @@ def test_a_divided_batch_means_the_same_as_a_whole_one(mini, tmp_path, monkeypat
     assert [r["kind"] for r in logs[0]] == [r["kind"] for r in logs[1]]  # written once
     losses = [[[*r.get("losses", r.get("val")).values()] for r in log] for log in logs]
     np.testing.assert_allclose(*losses, atol=1e-4)
+    for routing in ("gates", "shared_mass"):
+        epochs = [[r[routing] for r in log if r["kind"] == "epoch"] for log in logs]
+        np.testing.assert_allclose(*epochs, atol=1e-3, err_msg=routing)
     whole, divided = (evaluate.load_checkpoint(tmp_path / out / "checkpoint.pt")["model"] for out in argv)
     for name in whole:
         np.testing.assert_allclose(whole[name], divided[name], atol=1e-4, err_msg=name)
@@ -1846,12 +1862,13 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_task(mini, tmp_path, caps
         (["--tasks", "sal,sal"], "twice"),
         (["--gating", "soft"], "joint or fixed"),
         (["--backbone", "vit_huge"], "vit_base"),
-        (["--lr", "nan"], "1e-09 or more"),
-        (["--lr", "-1"], "a number, 1e-09"),
-        (["--epochs", "0"], "1 or more"),
+        (["--lr", "nan"], "a number from 1e-09"),
+        (["--lr", "-1"], "a number from 1e-09"),
+        (["--epochs", "0"], "number from 1 to"),
         (["--batch", "x"], "whole number"),
         (["--batch", "99"], "13 training images"),
-        (["--mi", "-1"], "0 or more"),
+        (["--seed", "9999999999"], "to 1e9"),
+        (["--mi", "-1"], "number from 0 to"),
         (["--size", "40"], "multiple of the patch"),
         (["--weights", "no.pt"], "no weights file"),
         (["--device", "tpu9"], "device"),
@@ -1982,6 +1999,16 @@ def test_bad_input_of_evaluate(trained, tmp_path, capsys):
     assert "2010_999999" in fails(capsys, evaluate.main, trained, "--ids", tmp_path / "ids.txt")
 
 
+def test_no_photo_is_replaced_by_its_prediction(trained, tmp_path, capsys):
+    shutil.copy(trained / "predictions.png", trained / "me.png")
+    shutil.copy(trained / "predictions.png", tmp_path / "edges.png")
+    before = (trained / "me.png").read_bytes(), (trained / "edges.png").read_bytes()
+    for photo in (trained / "me.png", tmp_path / "edges.png"):
+        assert "rename" in fails(capsys, evaluate.main, str(trained), str(photo), "--device", "cpu")
+    assert before == ((trained / "me.png").read_bytes(), (trained / "edges.png").read_bytes())
+    (trained / "me.png").unlink()
+
+
 def test_a_photo_that_pillow_refuses_as_too_large(trained, tmp_path, capsys, monkeypatch):
     Image.new("L", (64, 64)).save(tmp_path / "large.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
@@ -1994,6 +2021,27 @@ def test_the_check_passes_a_good_set_and_draws_it(mini, tmp_path, capsys, monkey
     assert "as expected" in capsys.readouterr().out
     assert drawn(tmp_path / "contact_mini.png")
     assert data.main([str(mini), "--quick"]) == 0
+
+
+def test_the_check_counts_what_an_image_that_is_missing_leaves(broken, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.rmtree(broken / "human_parts")
+    (broken / "JPEGImages/2008_000001.jpg").unlink()
+    Image.open(broken / "JPEGImages/2008_000003.jpg").save(data.find(broken, "semseg", "2008_000003"))
+    assert data.main([str(broken)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    counts = {line.split()[1]: line.split()[2:] for line in lines if line.startswith("train ")}
+    assert counts["human_parts"] == ["13", "0", "13", "0", "0", "0"] and counts["image"][1:3] == ["12", "1"]
+    assert counts["sal"] == ["13", "13", "0", "0", "0", "0"] and counts["semseg"][5] == "1"
+    assert any("has colours: expected one channel" in line for line in lines)
+
+
+def test_the_check_remarks_on_a_label_without_a_name(broken, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    labels = broken / "pascal-context/trainval/2009_000002.mat"
+    scipy.io.savemat(labels, {"LabelMap": 0 * scipy.io.loadmat(labels)["LabelMap"]})
+    assert data.main([str(broken)]) == 0
+    assert "remark: 1 images with LabelMap 0 somewhere" in capsys.readouterr().out
 
 
 def test_the_check_names_ids_in_both_lists(broken, tmp_path, capsys, monkeypatch):
@@ -2016,13 +2064,15 @@ def test_the_check_sees_normals_upside_down(broken, tmp_path, capsys, monkeypatc
 # ------------------------------------------------------------------------------ README's three worked changes
 
 
-def changed(tmp_path, number):
-    """A copy of the code with README's diff of that number applied: each hunk's old lines occur just once."""
+def changed(tmp_path, diff):
+    """A copy of the code with a diff of README's form applied: each hunk's old lines occur just once. diff:
+    its number in README, or its text."""
     copy = tmp_path / "copy"
     copy.mkdir()
     for name in ("ase", "data", "evaluate", "train"):
         shutil.copy(ROOT / f"{name}.py", copy)
-    diff = (ROOT / "README.md").read_text(encoding="utf-8").split("```diff\n")[1 + number].split("```")[0]
+    if isinstance(diff, int):
+        diff = (ROOT / "README.md").read_text(encoding="utf-8").split("```diff\n")[1 + diff].split("```")[0]
     for part in diff.split("--- ")[1:]:
         name, _, hunks = part.partition("\n")
         text = (copy / name).read_text(encoding="utf-8")
@@ -2045,6 +2095,16 @@ def judged(run, tmp_path, root, *more):
     run("evaluate.py", "run", "--device", "cpu")
     assert drawn(tmp_path / "run/predictions.png")
     return json.loads((tmp_path / "run/metrics.json").read_text())["metrics"]
+
+
+@pytest.mark.parametrize("gone", ["sal", "normals"])
+def test_a_task_is_dropped_by_deleting_its_row_whatever_the_cache_holds(mini, tmp_path, gone):
+    data.build_cache(mini, data.read_ids(mini, "train"), tmp_path / "cache")
+    row = next(line for line in Path(data.__file__).read_text(encoding="utf-8").splitlines()
+               if line.startswith(f'    "{gone}": Task('))
+    run = changed(tmp_path, f"--- data.py\n-{row}\n")
+    assert set(judged(run, tmp_path, mini)) == set(TASKS) - {gone}
+    run("data.py", mini)
 
 
 def test_readmes_gate_opens_as_many_experts_as_hold_half_of_the_probability(mini, tmp_path):

@@ -9,9 +9,10 @@
     python train.py --data PASCAL_MT --weights vit_base.safetensors   the paper's setting
     torchrun --nproc_per_node=8 train.py …                            the same on several GPUs
 
-The run folder holds config.json, log.jsonl (a record a step and an epoch) and checkpoint.pt, and is all that
-evaluate.py needs. Every step's randomness is a function of the seed and the step alone, so a run that was
-killed at any moment and started again with the same command ends, on a CPU, in the same weights bit for bit.
+The run folder holds config.json, log.jsonl (a record each few steps and each epoch) and checkpoint.pt: with
+the data set, all that evaluate.py needs. Every step's randomness is a function of the seed, the step and the
+process, so a run that was killed at any moment and started again with the same command ends, on a CPU, in the
+same weights bit for bit.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import os
 import sys
 import time
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 try:
@@ -86,16 +88,12 @@ def train(settings, args, rank, world, device):
     # -- the data
     with first(rank):
         prepare(settings, args, device)
-    splits = {split: data.PascalContext(root, split, config.image) for split in ("train", "val")}
-    splits["val"].ids = splits["val"].ids[::-(-len(splits["val"]) // settings["val_subset"])]
-    for dataset in splits.values():
-        with first(rank):
+        splits = {split: data.PascalContext(root, split, config.image) for split in ("train", "val")}
+        splits["val"].ids = splits["val"].ids[::-(-len(splits["val"]) // settings["val_subset"])]
+        for dataset in splits.values():
             dataset.cache = data.build_cache(root, dataset.ids, args.cache)
     batch = settings["batch"]
     steps = len(splits["train"]) // batch                                                # in an epoch
-    if steps == 0:
-        raise UserError(f"--batch {batch} is larger than the "
-                        f"{len(splits['train'])} training images: lower it")
 
     # -- the model
     torch.manual_seed(settings["seed"])
@@ -103,11 +101,10 @@ def train(settings, args, rank, world, device):
     model.checkpointing = args.checkpointing
     pretrained = settings["weights"] != "none"
     loaded = ase.load_backbone(model, settings["weights"]) if pretrained else "random weights"
-    groups = {True: [], False: []}
+    groups = [{"params": [], "share": 1.0}, {"params": [], "share": PRETRAINED_LR}]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[pretrained and ase.part(name) == "backbone"].append(parameter)
-    groups = [{"params": groups[False], "share": 1.0}, {"params": groups[True], "share": PRETRAINED_LR}]
+            groups[pretrained and ase.part(name) == "backbone"]["params"].append(parameter)
     optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY, fused=True)
     start = 0
     if checkpoint:
@@ -121,6 +118,7 @@ def train(settings, args, rank, world, device):
     if rank == 0 and not checkpoint:
         out.mkdir(parents=True, exist_ok=True)
         data.write_json(out / "config.json", settings)
+    del checkpoint  # as large as the model
     log = Log(out, settings, start, steps, rank)
     log.header(config, model, splits, loaded)
 
@@ -139,10 +137,10 @@ def train(settings, args, rank, world, device):
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["share"]
             torch.manual_seed(settings["seed"] * 1_000_003 + step * world + rank)        # the routers' noise
-            loaded = list(itertools.islice(loader, len(share)))
+            canvases = list(itertools.islice(loader, len(share)))
             log.lap("waiting for data")
             parts = [data.warp(*canvas, config.image, settings["mean_std"], warps[indices])
-                     for canvas, indices in zip(loaded, share)]
+                     for canvas, indices in zip(canvases, share)]
             log.lap("augmentation")
             # losses divide by the pixels of the whole batch, wherever its images are
             counts = sum(evaluate.count_pixels({t: part.targets[t] for t in weights}) for part in parts)
@@ -255,15 +253,22 @@ class Log:
 
     def epoch(self, epoch, val, shared):
         """The epoch's validation losses, and means over its steps of what the routers did."""
-        if self.rank == 0:
-            gates, information, norm = (x / self.steps for x in self.routing.values())
-            print(f"{'epoch':>5}{epoch + 1:8}" + "".join(f"{loss:12.4f}" for loss in val.values())
-                  + "   validation", flush=True)
-            self.write({"kind": "epoch", "epoch": epoch + 1, "step": (epoch + 1) * self.steps, "val": val,
-                        "gates": gates.tolist(), "shared_mass": gates[..., :shared].sum(-1).tolist(),
-                        "information": information.tolist(), "norm": float(norm)})
+        if not all(map(math.isfinite, val.values())):
+            raise UserError(f"the validation losses are not finite after epoch {epoch + 1}: lower --lr")
+        routing = {name: x / self.steps for name, x in self.routing.items()}
+        if dist.is_initialized():  # each process has added up its share of the batch
+            dist.all_reduce(routing["information"])
+            dist.all_reduce(routing["gates"])
         self.routing = {}
         self.mark = time.time()
+        if self.rank:
+            return
+        print(f"{'epoch':>5}{epoch + 1:8}" + "".join(f"{loss:12.4f}" for loss in val.values())
+              + "   validation", flush=True)
+        self.write({"kind": "epoch", "epoch": epoch + 1, "step": (epoch + 1) * self.steps, "val": val,
+                    "gates": routing["gates"].tolist(),
+                    "shared_mass": routing["gates"][..., :shared].sum(-1).tolist(),
+                    "information": routing["information"].tolist(), "norm": float(routing["norm"])})
 
     def finish(self, out, device):
         if self.rank == 0:
@@ -287,24 +292,24 @@ def peak_memory(device):
 
 @torch.inference_mode()
 def validate(model, dataset, settings, threads, rank=0, world=1):
-    """{task: loss} over a split; every pixel with ground truth counts the same, whoever sees it."""
+    """{task: loss} over a split; every pixel with ground truth counts the same, whichever process sees it
+    (but saliency's classes are balanced in each batch)."""
     model.eval()
     device = next(model.parameters()).device
     plan = [indices.tolist() for indices in torch.arange(len(dataset)).split(settings["batch"])]
     tasks = list(model.config.tasks)
-    sums, pixels = torch.zeros(2, len(tasks), device=device)
+    total = torch.zeros(2, len(tasks), device=device)  # losses times pixels, pixels
     for canvas in dataset.canvases(plan[rank::world], device, threads):
         part = data.warp(*canvas, model.config.image, settings["mean_std"])
         with evaluate.autocast(device):
             predictions, _ = model(part.images)
         counts = evaluate.count_pixels({task: part.targets[task] for task in tasks})
         losses = evaluate.losses(predictions, part.targets, counts)
-        sums += torch.stack(list(losses.values())) * counts[:, 0]
-        pixels += counts[:, 0]
+        pixels = counts[:, 0]
+        total += torch.stack([torch.stack(list(losses.values())) * pixels, pixels])
     if world > 1:
-        dist.all_reduce(sums)
-        dist.all_reduce(pixels)
-    return dict(zip(tasks, (sums / pixels.clamp(min=1)).tolist()))
+        dist.all_reduce(total)
+    return dict(zip(tasks, (total[0] / total[1].clamp(min=1)).tolist()))
 
 
 # --------------------------------------------------------------------- before the loop: what is there already
@@ -319,7 +324,7 @@ def resume(out, settings):
         return None
     if not out.is_dir():
         raise UserError(f"{out} is a file: name a folder for the run, --out DIR")
-    if not any(out.iterdir()):
+    if all(path.name.startswith(".") for path in out.iterdir()):  # nothing, or what a kill has left
         return None
     found = evaluate.open_run(out).settings
     for flag in settings:
@@ -403,15 +408,19 @@ def resolve(args):
     root = Path(args.data)
     to_make = args.data == "demo" and not root.exists()
     is_demo = to_make or (root / "demo.json").is_file()
+    images = data.DEMO["train"]
     if not to_make:
-        both = sorted(set(data.read_ids(root, "train")) & set(data.read_ids(root, "val")))
+        ids = [data.read_ids(root, split) for split in ("train", "val")]
+        images, both = len(ids[0]), sorted(set(ids[0]).intersection(ids[1]))
         if both:
             raise UserError(f"{both[0]} is in both train.txt and val.txt of {root} ({len(both)} such ids): "
                             "remove it from one")
     defaults = DEFAULTS["demo" if is_demo else "pascal"]
-    settings = {"data": args.data}
-    for flag in ("epochs", "batch", "lr", "val_subset"):
-        settings[flag] = getattr(args, flag, None) or defaults[flag]
+    settings = {"data": args.data, "val_subset": defaults["val_subset"], "micro_batch": args.micro_batch}
+    for flag in ("epochs", "batch", "lr"):
+        settings[flag] = getattr(args, flag) or defaults[flag]
+    if settings["batch"] > images:
+        raise UserError(f"--batch {settings['batch']} is larger than the {images} training images: lower it")
     tasks = args.tasks.split(",") if args.tasks else list(TASKS)
     for task in tasks:
         if task not in TASKS or tasks.count(task) > 1:
@@ -437,7 +446,7 @@ def resolve(args):
             raise UserError(f"no weights for {backbone}: a frozen random backbone is no experiment; name "
                             "pretrained ones, "
                             "--weights FILE (README tells where from), or mean it: --weights none")
-        if weights != "none" and (weights != str(demo_backbone(root)) or Path(weights).is_file()):
+        if weights != "none" and (args.weights or Path(weights).is_file()):
             with torch.device("meta"):  # nothing but shapes: a check of the file
                 model = ase.ASE(config)
             ase.load_backbone(model, weights)
@@ -450,13 +459,13 @@ def resolve(args):
 
 
 def number(kind, low):
-    """An argparse type: a finite number, `kind` int or float, `low` or more."""
+    """An argparse type: a number, `kind` int or float, from `low` to a billion."""
     def parse(text):
         with contextlib.suppress(ValueError):
-            if low <= kind(text) < math.inf:
+            if low <= kind(text) <= 1e9:
                 return kind(text)
         what = "a whole number" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected {what}, {low} or more")
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected {what} from {low} to 1e9")
     return parse
 
 
@@ -488,8 +497,8 @@ def main(argv=None):
     group.add_argument("--backbone", metavar="NAME",
                        help=f"{', '.join(ase.BACKBONES)} {both('backbone')}; given --weights decide it too")
     group.add_argument("--weights", metavar="FILE",
-                       help="pretrained ViT, .safetensors or torch.save; "
-                            "none: random (default: a demo's own backbone)")
+                       help="pretrained ViT, .safetensors or torch.save; none: random "
+                            "(default: a demo's own backbone; needed elsewhere)")
     group.add_argument("--mean-std", default="imagenet", choices=data.MEAN_STD,
                        help="what the weights' images were normalised with: imagenet (DeiT, "
                             "MAE, DINO) or half (timm's augreg, Google's) (default imagenet)")
@@ -509,7 +518,8 @@ def main(argv=None):
     group.add_argument("--batch", type=number(int, 1), metavar="N",
                        help=f"images a step, on all devices {both('batch')}")
     group.add_argument("--micro-batch", type=number(int, 1), metavar="N",
-                       help="images at a time on one device; gradients add up to the batch's (default: all)")
+                       help="images at a time on one device; gradients add up to the batch's, router noise "
+                            "and mutual information are each part's own (default: all)")
     group.add_argument("--lr", type=number(float, 1e-9), metavar="X",
                        help=f"highest learning rate {both('lr')}")
     group.add_argument("--seed", type=number(int, 0), default=0, metavar="N",
@@ -530,15 +540,18 @@ def run(args):
         raise UserError(f"--batch {settings['batch']} does not divide "
                         f"among {world} processes: choose a multiple")
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        gpu = device if device.type == "cuda" else None
+        if gpu:
+            torch.cuda.set_device(gpu)
+        # process 0 may render, pretrain and fill a cache while the others wait
+        dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu, timeout=timedelta(hours=6))
     try:
-        return train(settings, args, rank, world, device)
+        train(settings, args, rank, world, device)
     except KeyboardInterrupt:
         print(f"\ninterrupted; the same command goes on from the last epoch in {args.out}", file=sys.stderr)
         return 130
-    finally:
-        if world > 1:
-            dist.destroy_process_group()
+    if world > 1:  # not after an error: that would wait for the others
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
