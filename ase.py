@@ -23,7 +23,7 @@ import math
 import os
 import re
 import time
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -516,16 +516,14 @@ def load_backbone(model, path):
 
 # ---------------------------------------------------------------------------------------------- python ase.py
 
-TABLE1 = {
-    "MTL-ViT": dict(experts=0),
-    "LoRA-MoE (16/4/0/4)": dict(experts=16, topk=4, shared=0, rank=4, gating="fixed"),
-    "LoRA-MoE (32/8/0/2)": dict(experts=32, topk=8, shared=0, rank=2, gating="fixed"),
-    "ASE (16/3/1/4)": dict(experts=16, topk=3, shared=1, rank=4),
-    "ASE (32/6/2/2)": dict(experts=32, topk=6, shared=2, rank=2),
-    "ASE (64/12/4/1)": dict(experts=64, topk=12, shared=4, rank=1),
+TABLE1 = {  # row → the paper's parameters in millions, what they are here
+    "MTL-ViT": (104, Config(experts=0)),
+    "LoRA-MoE (16/4/0/4)": (107, Config(experts=16, topk=4, shared=0, rank=4, gating="fixed")),
+    "LoRA-MoE (32/8/0/2)": (108, Config(experts=32, topk=8, shared=0, rank=2, gating="fixed")),
+    "ASE (16/3/1/4)": (107, Config(experts=16, topk=3, shared=1, rank=4)),
+    "ASE (32/6/2/2)": (108, Config(experts=32, topk=6, shared=2, rank=2)),
+    "ASE (64/12/4/1)": ("–", Config(experts=64, topk=12, shared=4, rank=1)),
 }
-PAPER_PARAMETERS = {"MTL-ViT": 104, "LoRA-MoE (16/4/0/4)": 107, "LoRA-MoE (32/8/0/2)": 108,
-                    "ASE (16/3/1/4)": 107, "ASE (32/6/2/2)": 108}
 
 
 class AlwaysOn(nn.Module):
@@ -663,18 +661,16 @@ def bench():
     rows = {"one LoRA of rank 64": (AlwaysOn, settings[1]), "no experts": (None, settings[1])}
     rows |= {"fused ({}/{}/{}/{})".format(*numbers): (LoRAExperts, numbers) for numbers in settings}
     rows |= {"loop (32/6/2/2)": (Loop, settings[1]), "gather (32/6/2/2)": (Gather, settings[1])}
-    heads = ("layer, forward", "layer, fwd+bwd", "block, fwd+bwd", "features, f+b", "step")
-    columns = {head: {} for head in heads}
-    memory = {}
+    columns, memory = defaultdict(dict), {}
     for name, (layer, numbers) in rows.items():
         whole = name in ("one LoRA of rank 64", "fused (32/6/2/2)", "loop (32/6/2/2)")
         model = build(layer, numbers, depth=12 if whole else 1)
         block = model.blocks[0]
         memory[name] = kept_by(block)
-        columns["block, fwd+bwd"][name] = partial(both, block, x)
         if layer:
             columns["layer, forward"][name] = partial(forward, block.experts)
             columns["layer, fwd+bwd"][name] = partial(both, block.experts, x)
+        columns["block, fwd+bwd"][name] = partial(both, block, x)
         if whole:
             columns["features, f+b"][name] = partial(both, model.features, images)
             columns["step"][name] = step_of(model, images)
@@ -713,16 +709,16 @@ def main(argv=None):
     print("ViT-base at 224×224, five tasks; (N/k/S/r) as in the paper's Table 1. Parameters in millions:\n")
     heading = f"{'':20}" + "".join(f"{name:>11}" for name in names) + f"{'total':>9}"
     print(heading + f"{'trained':>9}{'paper':>7}")
-    for row, settings in TABLE1.items():
+    for row, (paper, config) in TABLE1.items():
         with torch.device("meta"):
-            counts = count(ASE(Config(**settings)))
+            counts = count(ASE(config))
         total, trained = (sum(c[i] for c in counts.values()) / 1e6 for i in (0, 1))
         parts = "".join(f"{counts[name][0] / 1e6:11.2f}" for name in names)
-        print(f"{row:20}{parts}{total:9.2f}{trained:9.2f}{PAPER_PARAMETERS.get(row, '–'):>7}")
+        print(f"{row:20}{parts}{total:9.2f}{trained:9.2f}{paper:>7}")
     print("\nMultiply-adds for one image and all five tasks, forward, in billions:")
     print(heading)
-    for row, settings in TABLE1.items():
-        work = multiply_adds(Config(**settings))
+    for row, (_, config) in TABLE1.items():
+        work = multiply_adds(config)
         parts = "".join(f"{work.get(name, 0) / 1e9:11.2f}" for name in names)
         print(f"{row:20}{parts}{sum(work.values()) / 1e9:9.2f}")
 

@@ -801,7 +801,8 @@ def print_table(runs, results, name, baseline):
     edge = next((result["edge"] for result in results if "edge" in result), None)
     print(f"\n{results[0]['images']} images at native size; ", end="")
     if edge:
-        print(f"odsF {'with' if edge['nms'] else 'without'} NMS, {len(edge['thresholds'])} thresholds; ", end="")
+        print(f"odsF {'with' if edge['nms'] else 'without'} NMS, {len(edge['thresholds'])} thresholds; ",
+              end="")
     print(f"baseline: {name or 'none for this data, name one: --baseline'}")
 
 

@@ -471,60 +471,48 @@ def number(kind, low):
 
 def main(argv=None):
     demo, pascal = DEFAULTS["demo"], DEFAULTS["pascal"]
+    count, some = number(int, 0), number(int, 1)
+    parser = argparse.ArgumentParser(description=__doc__)
+
+    def flag(name, kind, metavar, told, default=None):
+        told += "" if default is None else f" (default {default})"
+        group.add_argument(name, type=kind, metavar=metavar, default=default, help=told)
 
     def both(flag):
         return f"(default {demo[flag]} on a demo, {pascal[flag]} elsewhere)"
 
-    parser = argparse.ArgumentParser(description=__doc__)
     group = parser.add_argument_group("the model")
-    group.add_argument("--experts", type=number(int, 0), default=16, metavar="N",
-                       help="experts in a layer, shared ones included; 0: no experts at all (default 16)")
-    group.add_argument("--topk", type=number(int, 0), default=3, metavar="K",
-                       help="sparse experts active for a token, shared ones not included (default 3)")
-    group.add_argument("--shared", type=number(int, 0), default=1, metavar="S",
-                       help="shared experts (default 1)")
-    group.add_argument("--rank", type=number(int, 0), default=4, metavar="R",
-                       help="rank of an expert (default 4)")
-    group.add_argument("--gating", default="joint", metavar="|".join(ase.GATINGS),
-                       help="joint: one softmax over selected and shared experts, ASE; "
-                            "fixed: softmax before top-k, shared gates are 1 (default joint)")
-    group.add_argument("--lora", type=number(int, 0), metavar="R",
-                       help="rank of the LoRA on the backbone; 0 trains it in full (default 4, or 0 "
-                            "without experts)")
-    group.add_argument("--mi", type=number(float, 0), default=0.005, metavar="W",
-                       help="weight of the mutual information loss (default 0.005, Mod-Squad's)")
-    group.add_argument("--tasks", metavar="A,B", help=f"some of {','.join(TASKS)} (default all)")
-    group.add_argument("--backbone", metavar="NAME",
-                       help=f"{', '.join(ase.BACKBONES)} {both('backbone')}; given --weights decide it too")
-    group.add_argument("--weights", metavar="FILE",
-                       help="pretrained ViT, .safetensors or torch.save; none: random "
-                            "(default: a demo's own backbone; needed elsewhere)")
+    flag("--experts", count, "N", "experts in a layer, shared ones included; 0: no experts at all", 16)
+    flag("--topk", count, "K", "sparse experts active for a token, shared ones not included", 3)
+    flag("--shared", count, "S", "shared experts", 1)
+    flag("--rank", count, "R", "rank of an expert", 4)
+    flag("--gating", str, "|".join(ase.GATINGS), "joint: one softmax over selected and shared experts, ASE; "
+         "fixed: softmax before top-k, shared gates are 1", "joint")
+    flag("--lora", count, "R", "rank of the LoRA on the backbone; 0 trains it in full (default 4, or 0 "
+         "without experts)")
+    flag("--mi", number(float, 0), "W", "weight of the mutual information loss, as in Mod-Squad", 0.005)
+    flag("--tasks", str, "A,B", f"some of {','.join(TASKS)} (default all)")
+    flag("--backbone", str, "NAME",
+         f"{', '.join(ase.BACKBONES)} {both('backbone')}; given --weights decide it")
+    flag("--weights", str, "FILE", "pretrained ViT, .safetensors or torch.save; none: random "
+         "(default: a demo's own backbone; needed elsewhere)")
     group.add_argument("--mean-std", default="imagenet", choices=data.MEAN_STD,
                        help="what the weights' images were normalised with: imagenet (DeiT, "
                             "MAE, DINO) or half (timm's augreg, Google's) (default imagenet)")
     group = parser.add_argument_group("the data")
-    group.add_argument("--data", default="demo", metavar="DIR",
-                       help="a folder in PASCAL-Context's layout; "
-                            "demo is made if it isn't there (default demo)")
-    group.add_argument("--cache", metavar="DIR", help="where parsed images are kept (default: DIR/cache)")
-    group.add_argument("--size", type=number(int, 1), metavar="PIXELS",
-                       help="side of the network's square input (default: the backbone's, 112 or 224)")
-    group.add_argument("--workers", type=number(int, 1), default=2, metavar="N",
-                       help="threads that read ahead (default 2)")
+    flag("--data", str, "DIR", "a folder in PASCAL-Context's layout; demo is made if it isn't there", "demo")
+    flag("--cache", str, "DIR", "where parsed images are kept (default: cache/ in the data's folder)")
+    flag("--size", some, "PIXELS", "side of the network's square input (default: the backbone's, 112 or 224)")
+    flag("--workers", some, "N", "threads that read ahead", 2)
     group = parser.add_argument_group("the training (the paper says no more than: 40 epochs)")
-    group.add_argument("--out", default="run", metavar="DIR", help="the run folder (default run)")
-    group.add_argument("--epochs", type=number(int, 1), metavar="N",
-                       help=f"passes over the images {both('epochs')}")
-    group.add_argument("--batch", type=number(int, 1), metavar="N",
-                       help=f"images a step, on all devices {both('batch')}")
-    group.add_argument("--micro-batch", type=number(int, 1), metavar="N",
-                       help="images at a time on one device; gradients add up to the batch's, router noise "
-                            "and mutual information are each part's own (default: all)")
-    group.add_argument("--lr", type=number(float, 1e-9), metavar="X",
-                       help=f"highest learning rate {both('lr')}")
-    group.add_argument("--seed", type=number(int, 0), default=0, metavar="N",
-                       help="of everything random (default 0)")
-    group.add_argument("--device", metavar="NAME", help="cpu, cuda, … (default: cuda where there is one)")
+    flag("--out", str, "DIR", "the run folder", "run")
+    flag("--epochs", some, "N", f"passes over the images {both('epochs')}")
+    flag("--batch", some, "N", f"images a step, on all devices {both('batch')}")
+    flag("--micro-batch", some, "N", "images at a time on one device; gradients add up to the batch's, "
+         "router noise and mutual information are each part's own (default: all)")
+    flag("--lr", number(float, 1e-9), "X", f"highest learning rate {both('lr')}")
+    flag("--seed", count, "N", "of everything random", 0)
+    flag("--device", str, "NAME", "cpu, cuda, … (default: cuda where there is one)")
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
     group.add_argument("--checkpointing", action="store_true",
                        help="recompute each block in the backward pass: less memory, same gradients")
