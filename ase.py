@@ -21,6 +21,7 @@ import argparse
 import json
 import math
 import os
+import platform
 import re
 import time
 from collections import OrderedDict, defaultdict
@@ -663,7 +664,7 @@ def bench():
     rows |= {"loop (32/6/2/2)": (Loop, settings[1]), "gather (32/6/2/2)": (Gather, settings[1])}
     columns, memory = defaultdict(dict), {}
     for name, (layer, numbers) in rows.items():
-        whole = name in ("one LoRA of rank 64", "fused (32/6/2/2)", "loop (32/6/2/2)")
+        whole = numbers == settings[1] and layer is not Gather
         model = build(layer, numbers, depth=12 if whole else 1)
         block = model.blocks[0]
         memory[name] = kept_by(block)
@@ -673,10 +674,13 @@ def bench():
         columns["block, fwd+bwd"][name] = partial(both, block, x)
         if whole:
             columns["features, f+b"][name] = partial(both, model.features, images)
+        if whole and layer is not Loop:
             columns["step"][name] = step_of(model, images)
     cells = {head: compare(functions) for head, functions in columns.items()} | {"MB kept": memory}
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    print(f"ViT-base, one image, five tasks; {name}, {torch.get_num_threads()} threads, "
+    machine = f"{platform.machine()} CPU with {torch.backends.cpu.get_cpu_capability()}"
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name()
+    print(f"ViT-base, one image, five tasks; {machine}, {torch.get_num_threads()} threads, "
           f"torch {torch.__version__}\nfirst row: time; others: relative to it, medians of 7 rounds, "
           "± half the distance of the quartiles\n")
     show("(N/k/S/r)", rows, cells)

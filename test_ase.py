@@ -26,6 +26,7 @@ from scipy.sparse.csgraph import maximum_flow
 from scipy.spatial import cKDTree
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import ase
@@ -395,6 +396,52 @@ def test_checkpointing_computes_twice_and_changes_nothing(monkeypatch, change):
         torch.testing.assert_close(recomputed, plain, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("change", [dict(), dict(gating="fixed"), dict(experts=0)])
+def test_the_model_compiles_as_one_graph(change):
+    model = ase.ASE(small(**change))
+    images = torch.randn(2, 3, 8, 8)
+    for mode in (model.train(), model.eval()):
+        torch.manual_seed(3)
+        expected, _ = mode(images)
+        torch.manual_seed(3)
+        found, _ = torch.compile(mode, backend="eager", fullgraph=True)(images)  # raises at a graph break
+        torch.testing.assert_close(found, expected)
+        sum(x.sum() for x in found.values()).backward()
+
+
+class NoQuestions(TorchDispatchMode):
+    """Refuses what makes the host wait for the device: a number read, a size that depends on numbers."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        indices = args[1] if name.startswith("aten.index.Tensor") else ()
+        if any(word in name for word in ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")) \
+                or any(i is not None and i.dtype == torch.bool for i in indices):
+            raise AssertionError(f"{name} waits for the device")
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_step_waits_for_the_device(mini):
+    """From the planes of the maps to the changed weights, as in train.py's loop; logging comes after."""
+    model = ase.ASE(ase.Config(image=32, dim=12, depth=2, heads=2, head_dim=8, experts=5, topk=2, rank=2))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    canvas = data.PascalContext(mini, "train", 32).canvas(range(3))
+    warps = data.random_warps(3, torch.Generator().manual_seed(0))
+    with pytest.raises(AssertionError, match="waits"), NoQuestions():
+        canvas[0].any().item()
+    with pytest.raises(AssertionError, match="waits"), NoQuestions():
+        canvas[0][canvas[0] > 3]
+    before = model.heads["sal"].layers[0].weight.clone()
+    with NoQuestions():
+        batch = data.warp(*canvas, 32, "imagenet", warps)
+        predictions, routing = model(batch.images)
+        losses = evaluate.losses(predictions, batch.targets, evaluate.count_pixels(batch.targets))
+        (sum(losses.values()) - ase.mutual_information(routing.probs).sum()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), train.CLIP)
+        optimizer.step()
+    assert (model.heads["sal"].layers[0].weight != before).any()
+
+
 def test_routers_stay_in_float32_under_autocast_and_in_a_model_of_bfloat16():
     model, x = ase.ASE(small()).eval(), torch.randn(2, 3, 5, 18)
     with torch.autocast("cpu", torch.bfloat16):
@@ -597,14 +644,14 @@ def test_the_bench_builds_every_row_and_times_in_turn(capsys, monkeypatch):
     assert called == list("abcabcabc") and times["a"].endswith("ms") and "±" in times["c"]
 
     def once(functions):
-        next(iter(functions.values()))() if len(functions) != 3 else None  # not the whole model: seconds
+        next(iter(functions.values()))() if len(functions) not in (3, 4) else None  # not the whole model
         return dict.fromkeys(functions, "timed")
 
     monkeypatch.setattr(ase, "compare", once)
     monkeypatch.setattr(ase, "profile", lambda step: {"a kind": "profiled"})
     ase.main(["--bench"])
     told = capsys.readouterr().out
-    assert told.count("timed") == 2 * 8 + 9 + 2 * 3 + 2 * 4 and told.count("profiled") == 2
+    assert told.count("timed") == 2 * 8 + 9 + 4 + 3 + 2 * 4 and told.count("profiled") == 2
 
 
 @pytest.mark.parametrize(
