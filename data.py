@@ -508,7 +508,7 @@ class PascalContext:
         """`canvas` of each list of indices in `plan`, on the device: `threads` of them read ahead."""
         def load(indices):
             canvas = self.canvas(indices)
-            if device.type == "cuda":  # copied from there, they don't hold up its work
+            if torch.device(device).type == "cuda":  # copied from there, they don't hold up its work
                 canvas = [x.pin_memory() for x in canvas]
             return [x.to(device, non_blocking=True) for x in canvas]
 

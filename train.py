@@ -419,8 +419,6 @@ def resolve(args):
     settings = {"data": args.data, "val_subset": defaults["val_subset"], "micro_batch": args.micro_batch}
     for flag in ("epochs", "batch", "lr"):
         settings[flag] = getattr(args, flag) or defaults[flag]
-    if settings["batch"] > images:
-        raise UserError(f"--batch {settings['batch']} is larger than the {images} training images: lower it")
     tasks = args.tasks.split(",") if args.tasks else list(TASKS)
     for task in tasks:
         if task not in TASKS or tasks.count(task) > 1:
@@ -452,6 +450,8 @@ def resolve(args):
             ase.load_backbone(model, weights)
     except ValueError as error:
         raise UserError(str(error)) from None
+    if settings["batch"] > images:
+        raise UserError(f"--batch {settings['batch']} is larger than the {images} training images: lower it")
     settings.update({name: getattr(config, name) for name in names}, size=config.image, backbone=backbone,
                     tasks=",".join(config.tasks), weights=weights, mean_std=args.mean_std, mi=args.mi,
                     seed=args.seed, model=asdict(config))
