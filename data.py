@@ -103,6 +103,7 @@ def command(parser, job, argv=None):
         parser.exit(130, "\ninterrupted; the same command goes on or starts again\n")
     except BrokenPipeError:  # of `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:  # a full disk, a folder that cannot be written
         parser.error(f"{error.filename or 'a file'}: "
                      f"{error.strerror or error}; mend that or name another path")
@@ -564,17 +565,16 @@ def _cache_image(job):
 def build_cache(root, ids, cache=None):
     """Parse the files of these images once, on all cores, into one array an image; return the folder.
 
-    cache: the folder, else one inside the data set. What is there and newer than its sources stays, so a
-    build that was interrupted goes on. Raises UserError where a file is missing or broken, the folder cannot
-    be written, or the disk is too small.
+    cache: where that folder lies, else inside the data set. What is there and newer than its sources stays, so
+    a build that was interrupted goes on. Raises UserError where a file is missing or broken, the folder
+    cannot be written, or the disk is too small.
     """
-    folder = Path(cache or Path(root) / "cache")
+    folder = Path(cache or Path(root) / "cache") / "-".join(MAPS)  # other maps, other planes
     stale = []
     for id in ids:
         newest = max(find(root, name, id).stat().st_mtime for name in MAPS)
         path = folder / f"{id}.npy"
-        fresh = path.is_file() and path.stat().st_mtime >= newest
-        if not fresh or len(np.load(path, mmap_mode="r")) != PLANES:  # of other tasks
+        if not path.is_file() or path.stat().st_mtime < newest:
             stale.append(id)
     if not stale:
         return folder

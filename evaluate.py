@@ -479,7 +479,7 @@ def delta_m(metrics, baseline):
     gains = []
     for task, value in metrics.items():
         if not baseline.get(task):
-            raise UserError(f"the baseline has no {task}, or 0: expected {', '.join(metrics)}; "
+            raise UserError(f"the baseline's {task} is missing or 0: expected all of {', '.join(metrics)}; "
                             "name more runs, --baseline RUN…")
         sign = -1 if TASKS[task].lower_is_better else 1
         gains.append(sign * (value - baseline[task]) / baseline[task])
@@ -706,7 +706,7 @@ def read_log(folder):
     """The records of a run's log.jsonl, [] where there is none."""
     path, records = folder / "log.jsonl", []
     for line in path.read_text().splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError):  # a crash or a full disk may have cut the last line
+        with contextlib.suppress(ValueError):  # a crash or a full disk may have cut a line
             records.append(json.loads(line))
     return records
 
@@ -733,7 +733,7 @@ def draw_photo(run, path, model, device):
     """A photo's predictions as one picture, run/NAME.png: turned as EXIF says, transparency on white."""
     out = run.folder / f"{path.stem}.png"
     if out.exists() and (out.samefile(path) or path.stem in ("predictions", "experts", "curves", "edges")):
-        raise UserError(f"{out} is another picture, which the photo's would replace: rename {path}")
+        raise UserError(f"the predictions would replace {out}: rename {path}")
     try:
         with Image.open(path) as photo:
             photo = ImageOps.exif_transpose(photo)

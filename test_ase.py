@@ -410,11 +410,12 @@ def test_the_model_compiles_as_one_graph(change):
 
 
 class NoQuestions(TorchDispatchMode):
-    """Refuses what makes the host wait for the device: a number read, a size that depends on numbers."""
+    """Refuses what makes the host wait for the device: `.item()`, `bool()`, a mask as index and their like.
+    (`.cpu()` and `.tolist()` leave no trace on a CPU.)"""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = str(function)
-        indices = args[1] if name.startswith("aten.index.Tensor") else ()
+        indices = args[1] if name.startswith(("aten.index.", "aten.index_put")) else ()
         if any(word in name for word in ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")) \
                 or any(i is not None and i.dtype == torch.bool for i in indices):
             raise AssertionError(f"{name} waits for the device")
@@ -656,13 +657,14 @@ def test_the_bench_builds_every_row_and_times_in_turn(capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     "sides, kind", [((300, 300), "linear layers"), ((300, 64), "LoRA, experts, routers")])
-def test_a_profile_tells_thin_products_from_wide_ones(sides, kind):
+def test_a_profile_tells_thin_products_from_wide_ones(sides, kind, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     x, weight = torch.randn(700, 300), torch.randn(sides, requires_grad=True)
     shares = ase.profile(lambda: (x @ weight).sum().backward())
     shares = {name: float(share.removesuffix("%")) for name, share in shares.items()}
     assert sum(shares.values()) == pytest.approx(100, abs=1)
     others = {"linear layers", "LoRA, experts, routers", "convolutions"} - {kind}
-    assert shares[kind] > 40 and max(shares[other] for other in others) < 10
+    assert shares[kind] > max(shares[other] for other in others) == 0
 
 
 @pytest.mark.parametrize("experts, lora", [(0, 0), (0, 3), (7, 0), (7, 3)])
@@ -1477,11 +1479,11 @@ def test_the_cache_holds_the_files_and_sees_a_newer_source(mini, tmp_path):
     cached = data.PascalContext(mini, "train", 32, folder)
     assert all((cached.planes(i) == dataset.planes(i)).all() for i in range(13))
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    data.build_cache(mini, dataset.ids, folder)
+    data.build_cache(mini, dataset.ids, tmp_path / "cache")
     assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     stale = folder / f"{dataset.ids[4]}.npy"
     os.utime(stale, (1, 1))
-    data.build_cache(mini, dataset.ids, folder)
+    data.build_cache(mini, dataset.ids, tmp_path / "cache")
     changed = [path for path in folder.iterdir() if path.stat().st_mtime_ns != before[path]]
     assert changed == [stale]
 
@@ -1509,7 +1511,6 @@ def test_batches_from_the_cache_are_those_from_the_files_and_come_faster(tmp_pat
     rates = {}
     threads = torch.get_num_threads()
     for name, dataset in (("files", files), ("cache", cached)):
-        torch.set_num_threads(1)
         jobs = {"read, one core": lambda: [dataset.planes(i) for i in range(8)],
                 "batches, one core": lambda: [data.warp(*dataset.canvas(indices), 224, "half", warps[indices])
                                               for indices in plan],
@@ -1517,7 +1518,7 @@ def test_batches_from_the_cache_are_those_from_the_files_and_come_faster(tmp_pat
         for job, function in jobs.items():
             torch.set_num_threads(2 if "two" in job else 1)
             times = []
-            for _ in range(7):
+            for _ in range(5):
                 start = time.perf_counter()
                 function()
                 times.append(time.perf_counter() - start)
@@ -1544,28 +1545,29 @@ def test_a_cache_that_does_not_fit_or_cannot_be_written_is_one_line(mini, tmp_pa
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 10**5, 10**5))
     with pytest.raises(data.UserError, match="needs 0.0 GB, .* has 0.0 GB free: make room"):
         data.build_cache(mini, ids, tmp_path / "cache")
-    assert not list((tmp_path / "cache").iterdir())
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
 def test_a_cache_killed_within_a_file_goes_on_and_nothing_half_written_is_read(mini, tmp_path):
-    folder = tmp_path / "cache"
+    folder = tmp_path / "cache" / "-".join(data.MAPS)
     script = ("import os, signal, sys, numpy as np, data\n"
               "save = np.save\n"
               "def half(file, planes):\n"
-              "    if len(os.listdir(sys.argv[2])) < 5:\n"
+              "    if len(os.listdir(sys.argv[3])) < 5:\n"
               "        return save(file, planes)\n"
               "    file.write(b'half')\n"
               "    file.flush()\n"
               "    os.kill(os.getpid(), signal.SIGKILL)\n"
               "np.save = half\n"
               "data.build_cache(sys.argv[1], data.read_ids(sys.argv[1], 'train'), sys.argv[2])\n")
-    killed = subprocess.run([sys.executable, "-c", script, mini, folder], cwd=ROOT, stdout=subprocess.DEVNULL)
+    killed = subprocess.run([sys.executable, "-c", script, mini, folder.parent, folder], cwd=ROOT,
+                            stdout=subprocess.DEVNULL)
     assert killed.returncode == -signal.SIGKILL
     dataset = data.PascalContext(mini, "train", 32)
     done = list(folder.glob("*.npy"))
     assert 0 < len(done) < 13
     kept = {path: path.stat().st_mtime_ns for path in done}
-    cached = data.PascalContext(mini, "train", 32, data.build_cache(mini, dataset.ids, folder))
+    cached = data.PascalContext(mini, "train", 32, data.build_cache(mini, dataset.ids, folder.parent))
     assert all((cached.planes(i) == dataset.planes(i)).all() for i in range(13))
     assert kept.items() <= {path: path.stat().st_mtime_ns for path in folder.glob("*.npy")}.items()
 
@@ -1703,7 +1705,7 @@ def test_delta_m_gives_every_row_of_table_1():
         assert evaluate.delta_m(metrics, evaluate.BASELINES["resnet18"]) == pytest.approx(
             expected, abs=0.0101
         )
-    with pytest.raises(data.UserError, match="no normals"):
+    with pytest.raises(data.UserError, match="normals is missing"):
         evaluate.delta_m(metrics, {"semseg": 1, "human_parts": 1, "sal": 1, "edge": 1})
 
 
@@ -1847,7 +1849,9 @@ def test_a_log_cut_within_a_line_and_a_config_cut_off_do_not_stop_the_next_start
     with open(out / "log.jsonl", "ab") as file:
         file.write(b'{"kind": "step", "los')
     assert evaluate.read_log(out) == whole
-    assert not train.main([*flags(mini, out), "--epochs", "1"])
+    (out / "checkpoint.pt").unlink()
+    train.main([*flags(mini, out), "--epochs", "1"])
+    assert [r["kind"] for r in evaluate.read_log(out)] == [r["kind"] for r in whole]
 
 
 def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(mini, tmp_path):
@@ -2047,13 +2051,13 @@ def test_bad_input_of_evaluate(trained, tmp_path, capsys):
 
 
 def test_no_photo_is_replaced_by_its_prediction(trained, tmp_path, capsys):
-    shutil.copy(trained / "predictions.png", trained / "me.png")
-    shutil.copy(trained / "predictions.png", tmp_path / "edges.png")
-    before = (trained / "me.png").read_bytes(), (trained / "edges.png").read_bytes()
-    for photo in (trained / "me.png", tmp_path / "edges.png"):
-        assert "rename" in fails(capsys, evaluate.main, str(trained), str(photo), "--device", "cpu")
-    assert before == ((trained / "me.png").read_bytes(), (trained / "edges.png").read_bytes())
-    (trained / "me.png").unlink()
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    for path in (run / "me.png", run / "edges.png", tmp_path / "edges.png"):
+        Image.new("RGB", (32, 32)).save(path)
+    before = tree(run)
+    for photo in (run / "me.png", tmp_path / "edges.png"):
+        assert "rename" in fails(capsys, evaluate.main, run, photo, "--device", "cpu")
+    assert tree(run) == before
 
 
 def test_a_photo_that_pillow_refuses_as_too_large(trained, tmp_path, capsys, monkeypatch):
@@ -2145,12 +2149,14 @@ def judged(run, tmp_path, root, *more):
 
 
 def test_tasks_are_dropped_by_deleting_their_rows_whatever_the_cache_holds(mini, tmp_path):
+    rows = {line.split('"')[1]: line for line in Path(data.__file__).read_text(encoding="utf-8").splitlines()
+            if line.startswith('    "') and "Task(" in line}
+    run = changed(tmp_path, "--- data.py\n" + "@@\n".join(f"-{rows[task]}\n" for task in ("sal", "normals")))
     data.build_cache(mini, data.read_ids(mini, "train"), tmp_path / "cache")
-    rows = [line for line in Path(data.__file__).read_text(encoding="utf-8").splitlines()
-            if line.startswith(('    "sal": Task(', '    "normals": Task('))]
-    run = changed(tmp_path, "--- data.py\n" + "@@\n".join(f"-{row}\n" for row in rows))
     assert set(judged(run, tmp_path, mini)) == set(TASKS) - {"sal", "normals"}
     run("data.py", mini)
+    image, semseg, *_ = next((tmp_path / "cache").glob("image-semseg-*")).name.split("-")
+    assert (image, semseg) == ("image", "semseg")  # one for each set of maps
 
 
 def test_readmes_gate_opens_as_many_experts_as_hold_half_of_the_probability(mini, tmp_path):

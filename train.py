@@ -9,7 +9,7 @@
     python train.py --data PASCAL_MT --weights vit_base.safetensors   the paper's setting
     torchrun --nproc_per_node=8 train.py …                            the same on several GPUs
 
-The run folder holds config.json, log.jsonl (a record each few steps and each epoch) and checkpoint.pt: with
+The run folder holds config.json, log.jsonl (a record every few steps and every epoch) and checkpoint.pt: with
 the data set, all that evaluate.py needs. Every step's randomness is a function of the seed, the step and the
 process, so a run that was killed at any moment and started again with the same command ends, on a CPU, in the
 same weights bit for bit.
@@ -416,7 +416,7 @@ def resolve(args):
             raise UserError(f"{both[0]} is in both train.txt and val.txt of {root} ({len(both)} such ids): "
                             "remove it from one")
     defaults = DEFAULTS["demo" if is_demo else "pascal"]
-    settings = {"data": args.data, "val_subset": defaults["val_subset"], "micro_batch": args.micro_batch}
+    settings = {"data": args.data, "val_subset": defaults["val_subset"]}
     for flag in ("epochs", "batch", "lr"):
         settings[flag] = getattr(args, flag) or defaults[flag]
     tasks = args.tasks.split(",") if args.tasks else list(TASKS)
@@ -520,7 +520,7 @@ def main(argv=None):
 
 
 def run(args):
-    """Check everything, then train; Ctrl-C ends in one line."""
+    """Check everything, then train."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = evaluate.pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
     settings = resolve(args)
@@ -533,11 +533,7 @@ def run(args):
             torch.cuda.set_device(gpu)
         # process 0 may render, pretrain and fill a cache while the others wait
         dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu, timeout=timedelta(hours=6))
-    try:
-        train(settings, args, rank, world, device)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; the same command goes on from the last epoch in {args.out}", file=sys.stderr)
-        return 130
+    train(settings, args, rank, world, device)
     if world > 1:  # not after an error: that would wait for the others
         dist.destroy_process_group()
 
