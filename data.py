@@ -565,8 +565,8 @@ def _cache_image(job):
 def build_cache(root, ids, cache=None):
     """Parse the files of these images once, on all cores, into one array an image; return the folder.
 
-    cache: where that folder lies, else inside the data set. What is there and newer than its sources stays, so
-    a build that was interrupted goes on. Raises UserError where a file is missing or broken, the folder
+    cache: where that folder lies, else inside the data set. What is there and newer than its sources stays,
+    so a build that was interrupted goes on. Raises UserError where a file is missing or broken, the folder
     cannot be written, or the disk is too small.
     """
     folder = Path(cache or Path(root) / "cache") / "-".join(MAPS)  # other maps, other planes

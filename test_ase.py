@@ -416,8 +416,9 @@ class NoQuestions(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = str(function)
         indices = args[1] if name.startswith(("aten.index.", "aten.index_put")) else ()
-        if any(word in name for word in ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")) \
-                or any(i is not None and i.dtype == torch.bool for i in indices):
+        asking = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
+        masks = [i for i in indices if i is not None and i.dtype == torch.bool]
+        if masks or any(word in name for word in asking):
             raise AssertionError(f"{name} waits for the device")
         return function(*args, **(kwargs or {}))
 
