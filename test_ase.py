@@ -1858,7 +1858,9 @@ def test_a_log_cut_within_a_line_and_a_config_cut_off_do_not_stop_the_next_start
 def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(mini, tmp_path):
     command = [sys.executable, str(ROOT / "train.py"), *flags(mini, tmp_path / "run", "--epochs", "999")]
     environment = dict(os.environ, OMP_NUM_THREADS="1")
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               # a job in the background ignores Ctrl-C, and so would its children
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while process.poll() is None and not (tmp_path / "run/checkpoint.pt").exists():
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
