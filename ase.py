@@ -8,13 +8,13 @@ beside them are trained: a LoRA of rank 4 on every linear layer, N LoRA experts 
 every FFN, one router per task and layer, an embedding per task, and a head per task. The paper's idea is in
 `gate`, its layer is `LoRAExperts`.
 
-References: ASE: Yang et al. 2025, arXiv 2510.00570 (equation numbers are this paper's) · LoRA: Hu et al. 2021
-· noisy top-k gating: Shazeer et al. 2017 · mutual information loss: Mod-Squad, Chen et al. 2023 · ViT:
-Dosovitskiy et al. 2021 · heads: SETR-PUP, Zheng et al. 2021.
+References: ASE: Yang et al. 2025, arXiv 2510.00570 (equation numbers are this paper's) · LoRA: Hu et al.
+2021 · noisy top-k gating: Shazeer et al. 2017 · mutual information loss: Mod-Squad, Chen et al. 2023 ·
+ViT: Dosovitskiy et al. 2021 · heads: SETR-PUP, Zheng et al. 2021.
 
-Shapes: T tasks · B images · L tokens (the class token and P patches) · D width · N experts, the first S of
-them shared · K sparse experts active for a token · R rank of an expert. Comments at the end of a line give
-the result's shape.
+Shapes: T tasks · B images · L tokens (the class token and P patches) · D width · N experts, the first S
+of them shared · K sparse experts active for a token · R rank of an expert. Comments at the end of a line
+give the result's shape.
 """
 
 import argparse
@@ -63,7 +63,7 @@ class Config:
     topk: int = 3           # K, shared ones not included
     shared: int = 1         # S
     rank: int = 4           # R
-    gating: str = "joint"   # "joint": Eq. 8–9 (ASE) · "fixed": Eq. 1–3 and, for the shared experts, Eq. 5
+    gating: str = "joint"   # "joint": Eq. 8–9 (ASE) · "fixed": Eq. 1–3, for the shared experts Eq. 5
     lora: int | None = None  # rank of the LoRA on the backbone's linear layers; None: 4, or 0 without experts
     head_dim: int = 256     # channels inside a head
 
@@ -127,8 +127,8 @@ def gate(logits, shared, topk, gating):
 class LoRAExperts(nn.Module):
     """N LoRA experts beside an FFN, shared by all tasks, and a router for each task: Σ g_i E_i(x) of Eq. 10.
 
-    All experts are computed: side by side they are one matrix of N·R rows, which costs about 2% of the FFN in
-    the paper's settings (N·R = 64); an expert that was not selected has gate 0. No loop, no scatter, no
+    All experts are computed: side by side they are one matrix of N·R rows, which costs about 2% of the FFN
+    in the paper's settings (N·R = 64); an expert that was not selected has gate 0. No loop, no scatter, no
     dropped token.
     """
 

@@ -339,7 +339,7 @@ def boundaries(labels):
 
 
 def removable(e, ne, n, nw, w, sw, s, se):
-    """Guo and Hall's conditions for taking a pixel away, from its 8 neighbours (east, north-east …), bitwise.
+    """Guo and Hall's conditions to take a pixel away, from 8 neighbours (east, north-east …), bitwise.
 
     So for the first of two half-passes; the second sees the ring turned by half: w, sw, s, se, e, ne, n, nw.
     """
@@ -797,8 +797,8 @@ person 15 284: limb plain/torso 0 .8 0 .26 .13 .18, limb cloth/torso .01 .96 0 .
     limb skin/±larm .02 1.17 ±.27 .04 .88 ±.29 .055, ball skin/±hand .04 .9 ±.29 .05 .77 ±.29 .055,
     limb plain/±uleg 0 .96 ±.1 0 .46 ±.12 .1, limb plain/±lleg 0 .5 ±.12 0 .06 ±.13 .075,
     limb dark/±foot -.08 .05 ±.13 .2 .04 ±.14 .06
-pottedplant 16 308: rod cloth 0 0 0 .3 .2 .2, rod cloth 0 .28 0 .08 .24 .24, limb leaf 0 .3 0 .3 .95 ±.12 .07,
-    limb leaf 0 .3 0 -.28 .9 ±.15 .07, limb leaf 0 .3 0 .1 .7 ±.42 .07
+pottedplant 16 308: rod cloth 0 0 0 .3 .2 .2, rod cloth 0 .28 0 .08 .24 .24,
+    limb leaf 0 .3 0 .3 .95 ±.12 .07, limb leaf 0 .3 0 -.28 .9 ±.15 .07, limb leaf 0 .3 0 .1 .7 ±.42 .07
 sofa 18 368: box cloth 0 .08 0 .22 .42 .85, limb cloth -.34 .1 0 .85 .16 .95,
     limb cloth -.4 .4 ±.85 .46 .4 ±.85 .15
 tvmonitor 20 427: box dark 0 .09 0 .66 .06 .52, box gloss .05 .14 0 .56 .02 .47, rod dark 0 0 0 .1 .16 .22
@@ -899,11 +899,10 @@ def _furnish(rng, reach, crowd):
 
 
 def _trace(axes, centres, bulges, eye, target, height, width, pixels):
-    """A camera's axes in the world, its rays (3, H, W) with z = 1, what solid each meets first, and at what
-    depth.
+    """A camera's axes in the world, its rays (3, H, W) with z = 1, the solid each meets first, and its depth.
 
-    In a solid's own space a ray o + t d is inside while |y| ≤ 1 and x² + z² ≤ 1 − bulge · y²; in a box, |x|,
-    |z| ≤ 1.
+    In a solid's own space a ray o + t d is inside while |y| ≤ 1 and x² + z² ≤ 1 − bulge · y²;
+    in a box, |x|, |z| ≤ 1.
     """
     right = np.cross([0, 1, 0], target - eye)
     view = np.stack([right, np.cross(right, target - eye), target - eye])
@@ -936,8 +935,8 @@ def _trace(axes, centres, bulges, eye, target, height, width, pixels):
 def _render(seed, height, width, fine, shadow, crowd, zoom=1):
     """A photo (H, W, 3), the names of the things, and for each pixel: which thing, which part, depth, normal.
 
-    `fine` × `fine` rays a pixel, a shadow map of `shadow` × `shadow`, and about `crowd` things, the more the
-    farther.
+    `fine` × `fine` rays a pixel, a shadow map of `shadow` × `shadow`, and about `crowd` things: the more
+    there are, the farther away.
     """
     rng = np.random.default_rng(seed)
     zoom *= rng.uniform(1, 1.35) * max(height, width)  # pixels that a metre takes at a distance of one
@@ -989,10 +988,9 @@ def scene(seed, height, width):
 
     image (H, W, 3) uint8, semseg (H, W) VOC class or 255, labelmap (H, W) PASCAL-Context id, saliency (H, W)
     bool, normals (H, W, 3) unit vectors (right, down, towards the viewer), depth (H, W) in metres, objects:
-    [(class name, class, mask, parts)], parts being [(part name, mask)], empty but for people. Saliency
-    follows a rule that the image alone can
-    teach: a thing scores √(its share of the image) × nearness to the centre × colour contrast to the rest;
-    the best and all above 60% of it stand out.
+    [(class name, class, mask, parts)], parts being [(part name, mask)], empty but for people.
+    Saliency follows a rule that the image alone can teach: a thing scores √(its share of the image) ×
+    nearness to the centre × colour contrast to the rest; the best and all above 60% of it stand out.
     """
     image, names, owner, part, depth, normals = _render(seed, height, width, fine=2, shadow=192, crowd=3)
     voc, context = np.array([THINGS[name][:2] for name in names]).T

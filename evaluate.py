@@ -306,8 +306,8 @@ def edge_counts(prob, gt, thresholds, max_dist=0.0075, nms=True):
     """Counts for odsF of one image -> (K, 3) int64: matched, predicted (after thinning) and truth pixels.
 
     prob: (H, W) float in [0, 1], at the truth's own size. gt: (H, W) bool, thin. thresholds: K numbers;
-    predicted is what lies above, strictly. A pair may match up to max_dist × the image's diagonal (4.7 pixels
-    at 500×375), one to one. Sum the counts over the images, then `ods_f`.
+    predicted is what lies above, strictly. A pair may match up to max_dist × the image's diagonal
+    (4.7 pixels at 500×375), one to one. Sum the counts over the images, then `ods_f`.
     ValueError: two shapes, no floats, or NaN.
     """
     prob, gt = np.asarray(prob), np.asarray(gt, dtype=bool)
@@ -459,7 +459,7 @@ def evaluate(model, dataset, mean_std="imagenet", device="cpu", protocol=Protoco
     return values(judge(model, dataset, mean_std, torch.device(device), protocol)[0])
 
 
-# ------------------------------------------------------------------------------------------- Δm and baselines
+# ----------------------------------------------------------------------------------------- Δm and baselines
 
 BASELINES = {
     # Table 1 of the ASE paper: single-task ResNet-18 on PASCAL-Context

@@ -177,7 +177,7 @@ def test_fused_experts_equal_the_loop_in_output_and_gradients(experts, topk, sha
 
 @both_gatings
 def test_update_and_routing_are_what_numpy_finds(gating):
-    """Σ g_i B_i A_i x by matrices; routing is the mean over B·L tokens, shared first, probs before top-k."""
+    """Σ g_i B_i A_i x by matrices; routing is a mean over B·L tokens, shared first, probs before top-k."""
     layer = randomise(ase.LoRAExperts(small(gating=gating)))
     x = random(2, 3, 5, 18)
     update, probs, gates = (y.detach().numpy() for y in layer(x))
