@@ -23,9 +23,11 @@ import math
 import os
 import platform
 import re
+import shlex
 import time
+import zipfile
 from collections import OrderedDict, defaultdict
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +38,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 GATINGS = ("joint", "fixed")
+LARGEST = 8192  # side, width, depth, number or rank that a Config accepts: more than any of them needs
 PAPER_TASKS = {"semseg": 21, "human_parts": 7, "sal": 1, "edge": 1, "normals": 3}  # task → channels
 
 BACKBONES = {
@@ -63,6 +66,7 @@ class Config:
     topk: int = 3           # K, shared ones not included
     shared: int = 1         # S
     rank: int = 4           # R
+    noise: float = 1.0      # factor of the routers' learned noise in training; 0: none, nor a matrix for it
     gating: str = "joint"   # "joint": Eq. 8–9 (ASE) · "fixed": Eq. 1–3, for the shared experts Eq. 5
     lora: int | None = None  # rank of the LoRA on the backbone's linear layers; None: 4, or 0 without experts
     head_dim: int = 256     # channels inside a head
@@ -72,16 +76,18 @@ class Config:
             object.__setattr__(self, "lora", 4 if self.experts else 0)
         for f in fields(self):
             value, low = getattr(self, f.name), 0 if f.name in ("experts", "topk", "shared", "lora") else 1
-            used = self.experts or f.name not in ("topk", "shared", "rank")
-            if used and f.type in (int, int | None) and (type(value) is not int or value < low):
-                raise ValueError(f"{f.name} is {value!r}: expected a whole number, {low} or more")
+            used = f.type in (int, int | None) and (self.experts or f.name not in ("topk", "shared", "rank"))
+            if used and (type(value) is not int or not low <= value <= LARGEST):
+                raise ValueError(f"{f.name} is {value!r}: expected a whole number from {low} to {LARGEST}")
+        if type(self.noise) not in (int, float) or not 0 <= self.noise < math.inf:
+            raise ValueError(f"noise is {self.noise!r}: expected a number, 0 or more")
         if not isinstance(self.tasks, dict) or not self.tasks:
             raise ValueError(f"tasks is {self.tasks!r}: expected at least one task → channels")
         object.__setattr__(self, "tasks", dict(self.tasks))  # the caller's may change
         for task, channels in self.tasks.items():
-            if not str(task).isidentifier() or type(channels) is not int or channels < 1:
+            if not str(task).isidentifier() or type(channels) is not int or not 1 <= channels <= LARGEST:
                 raise ValueError(f"task {task!r} has {channels!r} channels: "
-                                 "expected a plain name → 1 or more")
+                                 f"expected a plain name → 1 to {LARGEST}")
         if self.patch < 2 or self.patch & (self.patch - 1):
             raise ValueError(f"patch is {self.patch}: expected a power of two, such as 16")
         if self.image % self.patch:
@@ -137,11 +143,10 @@ class LoRAExperts(nn.Module):
         self.config = config
         tasks, experts, rank, dim = len(config.tasks), config.experts, config.rank, config.dim
         self.router = nn.Parameter(torch.empty(tasks, dim, experts))  # W_s, W_g of Eq. 6–7, transposed
-        self.noise = nn.Parameter(torch.empty(tasks, dim, experts))
+        self.router_noise = nn.Parameter(torch.zeros(tasks, dim, experts)) if config.noise else None
         self.down = nn.Parameter(torch.empty(experts, rank, dim))     # A_i
         self.up = nn.Parameter(torch.empty(experts, rank, dim))       # B_i, transposed
         nn.init.normal_(self.router, std=0.02)
-        nn.init.zeros_(self.noise)
         nn.init.kaiming_uniform_(self.down.view(-1, dim), a=math.sqrt(5))
         nn.init.zeros_(self.up)
 
@@ -150,9 +155,10 @@ class LoRAExperts(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(1, 2)          # (T, B·L, D)
             z = torch.bmm(x, self.router.to(x.dtype))                                    # (T, B·L, N)
-            if self.training:
+            if self.training and self.config.noise:
                 # Shazeer et al. 2017, Eq. 4: z + ε · softplus(W_noise x); the floor of 0.01 is their code's
-                z = z + torch.randn_like(z) * (F.softplus(torch.bmm(x, self.noise.to(x.dtype))) + 0.01)
+                deviation = F.softplus(torch.bmm(x, self.router_noise.to(x.dtype))) + 0.01
+                z = z + self.config.noise * deviation * torch.randn_like(z)              # (T, B·L, N)
         return z
 
     def forward(self, x):
@@ -191,7 +197,8 @@ class LoRAExperts(nn.Module):
 
 
 class Routing(NamedTuple):
-    """What the routers did, averaged over images and tokens. Without experts both have N = 0."""
+    """What the routers did, averaged over images and tokens, in the blocks that have experts: (0, T, 0)
+    where none has."""
 
     probs: torch.Tensor  # (blocks, T, N−S) softmax of sparse logits before top-k, for `mutual_information`
     gates: torch.Tensor  # (blocks, T, N)   gates after top-k, shared experts first: the paper's Fig. 4
@@ -268,12 +275,11 @@ class Block(nn.Module):
         self.experts = LoRAExperts(config) if config.experts else None
 
     def forward(self, x):
-        """x (T, B, L, D) → x, probs (T, N−S), gates (T, N)."""
+        """x (T, B, L, D) → x, probs (T, N−S), gates (T, N); without experts None for these two."""
         x = x + self.attn(self.norm1(x))
         h = self.norm2(x)
         if self.experts is None:
-            none = x.new_zeros(len(x), 0)
-            return x + self.mlp(h), none, none
+            return x + self.mlp(h), None, None
         update, probs, gates = self.experts(h)
         return x + self.mlp(h) + update, probs, gates                                    # Eq. 10
 
@@ -339,10 +345,12 @@ class ASE(nn.Module):
         probs, gates = [], []
         for block in self.blocks:
             x, p, g = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
-            probs.append(p)
-            gates.append(g)
-        probs, gates = (torch.stack(x).expand(-1, len(self.heads), -1) for x in (probs, gates))
-        return self.norm(x), Routing(probs, gates)                                       # (blocks, T, ·)
+            if block.experts is not None:
+                probs.append(p)
+                gates.append(g)
+        none = x.new_zeros(0, len(self.heads), 0)
+        routing = Routing(*(torch.stack(y) if y else none for y in (probs, gates)))      # (blocks, T, ·)
+        return self.norm(x), routing
 
     def forward(self, images):
         """images (B, 3, H, W) → raw predictions {task: (B, C, H, W)} and `Routing`."""
@@ -351,18 +359,23 @@ class ASE(nn.Module):
         return {task: head(x) for (task, head), x in zip(self.heads.items(), tokens)}, routing
 
 
-PARTS = {"heads.": "heads", "lora_": "LoRA", "experts.router": "routers", "experts.noise": "routers",
-         "experts.": "experts", "task_embedding": "embeddings", "": "backbone"}  # the first in the name
+PARTS = {  # part → the whole names of its parameters, as a pattern
+    # what a ViT of timm has, and nothing else: all that is new is trained
+    "backbone": r"cls_token|pos_embed|patch_embed\.proj\.(weight|bias)|norm\.(weight|bias)"
+                r"|blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\.(weight|bias)",
+    "LoRA": r"blocks\..*\.lora_(down|up)", "experts": r"blocks\.\d+\.experts\.(?!router).*",
+    "routers": r"blocks\.\d+\.experts\.router.*", "embeddings": "task_embedding", "heads": r"heads\..*",
+    "others": ".*"}
 
 
 def part(name):
-    """The part of the model that a parameter belongs to, from its name."""
-    return next(part for key, part in PARTS.items() if key in name)
+    """The part of the model that a parameter belongs to, from its name: "others" for one that is new here."""
+    return next(part for part, pattern in PARTS.items() if re.fullmatch(pattern, name))
 
 
 def count(model):
     """Parameters by part: {part: (all of them, trained ones)}."""
-    counts = {name: (0, 0) for name in ("backbone", *PARTS.values())}
+    counts = dict.fromkeys(PARTS, (0, 0))
     for name, p in model.named_parameters():
         total, trained = counts[part(name)]
         counts[part(name)] = total + p.numel(), trained + p.numel() * p.requires_grad
@@ -384,12 +397,55 @@ def multiply_adds(config):
 
 # ----------------------------------------------------------------------------------------- pretrained weights
 
-# transformers' names of a ViT → timm's, in this order; its query, key and value are one matrix in timm
-TRANSFORMERS = (("embeddings.cls_token", "cls_token"), ("embeddings.position_embeddings", "pos_embed"),
-                ("embeddings.patch_embeddings.projection", "patch_embed.proj"), ("encoder.layer.", "blocks."),
-                ("attention.output.dense", "attn.proj"), ("intermediate.dense", "mlp.fc1"),
-                ("output.dense", "mlp.fc2"), ("layernorm_before", "norm1"), ("layernorm_after", "norm2"),
-                ("layernorm.", "norm."))
+WRAPPERS = ("model", "state_dict", "teacher")  # what a checkpoint may keep the weights under
+
+# transformers' names of a ViT → timm's, in this order; the second of two is version 5's, in memory
+TRANSFORMERS = {
+    r"^embeddings\.": "", r"^position_embeddings": "pos_embed",
+    r"^patch_embeddings\.projection": "patch_embed.proj", r"^(encoder\.layer|layers)\.": "blocks.",
+    r"attention\.(attention\.query|q_proj)": "attn.q", r"attention\.(attention\.key|k_proj)": "attn.k",
+    r"attention\.(attention\.value|v_proj)": "attn.v", r"attention\.(output\.dense|o_proj)": "attn.proj",
+    r"intermediate\.dense": "mlp.fc1", r"output\.dense": "mlp.fc2", r"^layernorm\.": "norm.",
+    "layernorm_before": "norm1", "layernorm_after": "norm2"}
+
+# what acts after the blocks, or in pretraining alone, and so does not change the features
+HARMLESS = r"(mask\w*|pre_logits|fc|fc_norm|\w*(head|pool|proj|pred|decoder|classifier)\w*)(\..*)?"
+KINDS = {  # a pattern in such another name → the architecture that has it, the first that fits
+    "dist_token|distillation": "a distilled DeiT", "reg_token|register_token": "a ViT with registers",
+    r"gamma_\d|\bls\d|layer_scale": "a ViT with LayerScale",
+    "norm_pre": "a ViT with a norm before its blocks",
+    "fc_norm": "a ViT with fc_norm in place of the last norm", "": "another architecture"}
+
+
+def load(path):
+    """What torch.save wrote to `path`, or a .safetensors file, on the CPU. Raises ValueError, in one line.
+
+    No code in the file is run. torch.save makes a zip (before torch 1.6: none), whose checksums torch does
+    not look at: they are verified here.
+    """
+    try:
+        with open(path, "rb") as file:
+            if file.read(9)[8:] == b"{":
+                return read_safetensors(Path(path))
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                # of a member with a folder's flag torch returns what happens to be in memory
+                folders = [member.filename for member in archive.infolist() if member.external_attr & 16]
+                damaged = archive.testzip() or next(iter(folders), None)
+            if damaged:
+                raise ValueError(f"its part {damaged} is damaged")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file of another kind makes torch.load raise nearly anything
+        reason = str(error) or type(error).__name__
+    found = re.search(r"Unsupported global: GLOBAL (\S+)", reason)
+    if not found:
+        reason = reason.split("\n")[0].split(". ")[0]
+        raise ValueError(f"cannot read {path} ({reason})")
+    old, new, names = map(json.dumps, (str(path), f"{path}.tensors", WRAPPERS))
+    code = (f'import torch; c = torch.load({old}, map_location="cpu", weights_only=False); '
+            f"torch.save({{k: c[k] for k in c if k in {names} or torch.is_tensor(c[k])}}, {new})")
+    raise ValueError(f"{path} holds {found[1]} beside tensors, which may run code; if you trust it, "
+                     f"make a file of its tensors alone: python -c {shlex.quote(code)}")
 
 
 def read_safetensors(path):
@@ -414,46 +470,66 @@ def read_safetensors(path):
     return tensors
 
 
-def read_backbone(path):
-    """The state dict of a pretrained ViT with timm's names. Raises ValueError for anything that isn't one."""
-    path = Path(path)
+class Pretrained(NamedTuple):
+    path: Path
+    state: dict  # timm's name of a ViT's weight → tensor
+    left: list   # names of what else the file holds
+
+
+def read_backbone(source):
+    """A pretrained ViT, as `Pretrained`; `source` is a file, or what this function has returned before.
+
+    The file: a state dict from torch.save or a .safetensors file, bare or under "model", "state_dict" or
+    "teacher"; names of timm (DeiT, MAE, MoCo v3 and DINO have them, too) or of transformers, after any
+    prefix. Raises ValueError, in one line, for whatever is no plain ViT.
+    """
+    if isinstance(source, Pretrained):
+        return source
+    path = Path(source)
     accepted = ("expected a ViT's state dict with timm's or transformers' names, "
                 "as .safetensors or from torch.save")
     if not path.is_file():
         raise ValueError(f"no weights file {path}: {accepted}")
     try:
-        with open(path, "rb") as file:
-            start = file.read(9)
-        is_safetensors = start[8:] == b"{"
-        if is_safetensors:
-            state = read_safetensors(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file that is no state dict makes torch.load raise nearly anything
-        reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
-        raise ValueError(f"cannot read weights from {path} ({reason}): {accepted}") from None
-    for wrapper in ("model", "state_dict"):
+        state = load(path)
+    except ValueError as error:
+        raise ValueError(f"{error}: {accepted}") from None
+    for wrapper in 3 * WRAPPERS:  # one may be inside another
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}: {accepted}")
-    state = {re.sub(r"^((module|backbone|vit)\.)+", "", str(name)): x for name, x in state.items()
+    state = {str(name): x for name, x in state.items()
              if isinstance(x, torch.Tensor) and x.layout == torch.strided and x.is_floating_point()}
     for name, x in state.items():  # one number, repeated, makes a tensor of any size
         if x.numel() * x.element_size() > path.stat().st_size:
             raise ValueError(f"{name} in {path} claims more numbers than the file has bytes: {accepted}")
-    for name in [name for name in state if ".attention.attention.query." in name]:
-        parts = [state.get(name.replace("query", which)) for which in ("query", "key", "value")]
+    tokens = (re.fullmatch(r"(|.*?\.)(embeddings\.)?cls_token", name) for name in state)
+    # of several ViTs the teacher, which is the one that DINO evaluates, else the first
+    prefix = min((match[1] for match in tokens if match), key=lambda p: "teacher" not in p, default="")
+    vit = {}
+    for name, x in state.items():
+        if name.startswith(prefix):
+            name = name.removeprefix(prefix)
+            for theirs, timm in TRANSFORMERS.items():
+                name = re.sub(theirs, timm, name)
+            vit[name] = x
+    for name in [name for name in vit if ".attn.q." in name]:
+        parts = [vit.get(name.replace(".q.", f".{which}.")) for which in "qkv"]
         if all(x is not None and x.shape[1:] == parts[0].shape[1:] and x.dim() for x in parts):
-            state[name.replace("attention.attention.query", "attn.qkv")] = torch.cat(parts)
-    state = {name: x for name, x in state.items() if ".attention.attention." not in name}
-    for theirs, timm in TRANSFORMERS:
-        state = {name.replace(theirs, timm): x for name, x in state.items()}
-    if any(name not in state or state[name].dim() != dims
+            vit[name.replace(".q.", ".qkv.")] = torch.cat(parts)
+    vit = {name: x for name, x in vit.items() if not re.search(r"\.attn\.[qkv]\.", name)}
+    if any(name not in vit or vit[name].dim() != dims
            for name, dims in (("cls_token", 3), ("pos_embed", 3), ("patch_embed.proj.weight", 4))):
         raise ValueError(f"{path} holds no ViT (its first names: "
                          f"{', '.join(list(state)[:3]) or 'none'}): {accepted}")
-    return state
+    more = [name for name in vit if part(name) != "backbone"]
+    for name in more:
+        if not re.fullmatch(HARMLESS, name) or name.startswith("fc_norm") and "norm.weight" not in vit:
+            kind = next(kind for pattern, kind in KINDS.items() if re.search(pattern, name))
+            raise ValueError(f"{path} holds {kind}: {name} is no part of a plain ViT; {presets()}")
+    left = [name for name in state if not name.startswith(prefix)]
+    return Pretrained(path, {name: x for name, x in vit.items() if name not in more}, more + left)
 
 
 def shape_of(state):
@@ -462,34 +538,44 @@ def shape_of(state):
     return state["cls_token"].shape[-1], depth, state["patch_embed.proj.weight"].shape[-1]
 
 
-def backbone_for(path):
-    """The name of the preset in `BACKBONES` that the weights in `path` fit, or None."""
-    found = shape_of(read_backbone(path))
-    return next((name for name, b in BACKBONES.items() if (b["dim"], b["depth"], b["patch"]) == found), None)
+def shapes():
+    """{(width, depth, patch): preset in `BACKBONES`}."""
+    return {(b["dim"], b["depth"], b["patch"]): name for name, b in BACKBONES.items()}
 
 
-def load_backbone(model, path):
+def presets():
+    return "expected " + " or ".join(
+        "{} (width {}, {} blocks, patch {})".format(name, *shape) for shape, name in shapes().items())
+
+
+def backbone_for(source):
+    """The name of the preset that the weights in `source` fit, as in `read_backbone`. Raises ValueError."""
+    path, state, _ = read_backbone(source)
+    found = shape_of(state)
+    if found not in shapes():
+        raise ValueError("{} holds a ViT of width {}, {} blocks, patch {}: "
+                         "{}".format(path, *found, presets()))
+    return shapes()[found]
+
+
+def load_backbone(model, source):
     """Copy pretrained weights into the backbone of `model`; return one line that tells what was done.
 
-    `path`: a state dict from torch.save, bare or under "model" or "state_dict", or a .safetensors file; names
-    of timm (DeiT, MAE and DINO have them too) or of transformers. Position embeddings of another grid are
-    resized. Raises ValueError where a weight is missing or does not fit.
+    `source`: as in `read_backbone`. Position embeddings of another grid are resized. Raises ValueError, in
+    one line, where a weight is missing or does not fit; nothing is copied then.
     """
-    state = read_backbone(path)
+    path, state, left = read_backbone(source)
+    state = dict(state)  # the caller may go on to use his own
     own = {name: p for name, p in model.state_dict().items() if part(name) == "backbone"}
     found, wanted = shape_of(state), shape_of(own)
     if found != wanted:
-        fits = [name for name, b in BACKBONES.items() if (b["dim"], b["depth"], b["patch"]) == found]
-        advice = f": use --backbone {fits[0]}" if fits else ""
+        advice = f"use --backbone {shapes()[found]}" if found in shapes() else presets()
         raise ValueError("{} holds a ViT of width {}, {} blocks, patch {}; the model has width {}, "
-                         "{} blocks, patch {}{}".format(path, *found, *wanted, advice))
+                         "{} blocks, patch {}: {}".format(path, *found, *wanted, advice))
     missing = [name for name in own if name not in state]
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} weights of a ViT, such as {missing[0]}: "
                          "not a whole one")
-    foreign = [name for name in state if name.startswith("blocks.") and name not in own]
-    if foreign:
-        raise ValueError(f"{path} has {foreign[0]}, which this ViT lacks: another architecture")
     told = f"{len(own)} tensors loaded from {path}"
     if state["pos_embed"].shape != own["pos_embed"].shape:
         old, new = (math.isqrt(max(0, p.shape[1] - 1)) for p in (state["pos_embed"], own["pos_embed"]))
@@ -509,7 +595,6 @@ def load_backbone(model, path):
                              "take another copy of the file")
     for name, p in own.items():
         p.copy_(state[name])
-    left = [name for name in state if name not in own]
     if left:
         told += f", {len(left)} left out as no part of the backbone ({', '.join(left[:3])})"
     return told
@@ -709,16 +794,23 @@ def main(argv=None):
     parser.add_argument("--bench", action="store_true", help="time the experts beside their alternatives")
     if parser.parse_args(argv).bench:
         return bench()
-    names = ("backbone", "LoRA", "experts", "routers", "embeddings", "heads")
+
+    def parameters(config):
+        with torch.device("meta"):
+            return count(ASE(config))
+
+    rows = {row: parameters(config) for row, (_, config) in TABLE1.items()}
+    names = [name for name in PARTS if any(counts[name][0] for counts in rows.values())]
     print("ViT-base at 224×224, five tasks; (N/k/S/r) as in the paper's Table 1. Parameters in millions:\n")
     heading = f"{'':20}" + "".join(f"{name:>11}" for name in names) + f"{'total':>9}"
     print(heading + f"{'trained':>9}{'paper':>7}")
-    for row, (paper, config) in TABLE1.items():
-        with torch.device("meta"):
-            counts = count(ASE(config))
+    for row, counts in rows.items():
         total, trained = (sum(c[i] for c in counts.values()) / 1e6 for i in (0, 1))
         parts = "".join(f"{counts[name][0] / 1e6:11.2f}" for name in names)
-        print(f"{row:20}{parts}{total:9.2f}{trained:9.2f}{paper:>7}")
+        print(f"{row:20}{parts}{total:9.2f}{trained:9.2f}{TABLE1[row][0]:>7}")
+    plain = {c.experts: parameters(replace(c, noise=0)) for _, c in TABLE1.values() if c.experts}
+    print("Without router noise (noise = 0) the total is " + ", ".join(
+        f"{sum(total for total, _ in counts.values()) / 1e6:.2f} for N = {n}" for n, counts in plain.items()))
     print("\nMultiply-adds for one image and all five tasks, forward, in billions:")
     print(heading)
     for row, (_, config) in TABLE1.items():
