@@ -420,8 +420,8 @@ KINDS = {  # a pattern in such another name → the architecture that has it, th
 def load(path):
     """What torch.save wrote to `path`, or a .safetensors file, on the CPU. Raises ValueError, in one line.
 
-    No code in the file is run. torch.save makes a zip (before torch 1.6: none), whose checksums torch does
-    not look at: they are verified here.
+    No code in it is run. torch.save makes a zip (not before torch 1.6), whose checksums are verified here:
+    torch does not look at them.
     """
     try:
         with open(path, "rb") as file:
@@ -429,9 +429,9 @@ def load(path):
                 return read_safetensors(Path(path))
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                # of a member with a folder's flag torch returns what happens to be in memory
-                folders = [member.filename for member in archive.infolist() if member.external_attr & 16]
-                damaged = archive.testzip() or next(iter(folders), None)
+                # of a part with a folder's flag torch returns what happens to be in memory
+                folders = (info.filename for info in archive.infolist() if info.external_attr & 16)
+                damaged = archive.testzip() or next(folders, None)
             if damaged:
                 raise ValueError(f"its part {damaged} is damaged")
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -440,7 +440,7 @@ def load(path):
     found = re.search(r"Unsupported global: GLOBAL (\S+)", reason)
     if not found:
         reason = reason.split("\n")[0].split(". ")[0]
-        raise ValueError(f"cannot read {path} ({reason})")
+        raise ValueError(f"cannot read {path} ({reason}): expected a file of torch.save or .safetensors")
     old, new, names = map(json.dumps, (str(path), f"{path}.tensors", WRAPPERS))
     code = (f'import torch; c = torch.load({old}, map_location="cpu", weights_only=False); '
             f"torch.save({{k: c[k] for k in c if k in {names} or torch.is_tensor(c[k])}}, {new})")
@@ -470,6 +470,20 @@ def read_safetensors(path):
     return tensors
 
 
+def timm_names(state):
+    """A ViT's state dict with the names of transformers, if it has them, replaced by timm's."""
+    vit = {}
+    for name, x in state.items():
+        for theirs, timm in TRANSFORMERS.items():
+            name = re.sub(theirs, timm, name)
+        vit[name] = x
+    for name in [name for name in vit if ".attn.q." in name]:
+        parts = [vit.get(name.replace(".q.", f".{which}.")) for which in "qkv"]
+        if all(x is not None and x.shape[1:] == parts[0].shape[1:] and x.dim() for x in parts):
+            vit[name.replace(".q.", ".qkv.")] = torch.cat(parts)
+    return {name: x for name, x in vit.items() if not re.search(r"\.attn\.[qkv]\.", name)}
+
+
 class Pretrained(NamedTuple):
     path: Path
     state: dict  # timm's name of a ViT's weight → tensor
@@ -490,10 +504,7 @@ def read_backbone(source):
                 "as .safetensors or from torch.save")
     if not path.is_file():
         raise ValueError(f"no weights file {path}: {accepted}")
-    try:
-        state = load(path)
-    except ValueError as error:
-        raise ValueError(f"{error}: {accepted}") from None
+    state = load(path)
     for wrapper in 3 * WRAPPERS:  # one may be inside another
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
@@ -507,18 +518,8 @@ def read_backbone(source):
     tokens = (re.fullmatch(r"(|.*?\.)(embeddings\.)?cls_token", name) for name in state)
     # of several ViTs the teacher, which is the one that DINO evaluates, else the first
     prefix = min((match[1] for match in tokens if match), key=lambda p: "teacher" not in p, default="")
-    vit = {}
-    for name, x in state.items():
-        if name.startswith(prefix):
-            name = name.removeprefix(prefix)
-            for theirs, timm in TRANSFORMERS.items():
-                name = re.sub(theirs, timm, name)
-            vit[name] = x
-    for name in [name for name in vit if ".attn.q." in name]:
-        parts = [vit.get(name.replace(".q.", f".{which}.")) for which in "qkv"]
-        if all(x is not None and x.shape[1:] == parts[0].shape[1:] and x.dim() for x in parts):
-            vit[name.replace(".q.", ".qkv.")] = torch.cat(parts)
-    vit = {name: x for name, x in vit.items() if not re.search(r"\.attn\.[qkv]\.", name)}
+    left = [name for name in state if not name.startswith(prefix)]
+    vit = timm_names({name.removeprefix(prefix): x for name, x in state.items() if name not in left})
     if any(name not in vit or vit[name].dim() != dims
            for name, dims in (("cls_token", 3), ("pos_embed", 3), ("patch_embed.proj.weight", 4))):
         raise ValueError(f"{path} holds no ViT (its first names: "
@@ -528,7 +529,6 @@ def read_backbone(source):
         if not re.fullmatch(HARMLESS, name) or name.startswith("fc_norm") and "norm.weight" not in vit:
             kind = next(kind for pattern, kind in KINDS.items() if re.search(pattern, name))
             raise ValueError(f"{path} holds {kind}: {name} is no part of a plain ViT; {presets()}")
-    left = [name for name in state if not name.startswith(prefix)]
     return Pretrained(path, {name: x for name, x in vit.items() if name not in more}, more + left)
 
 
@@ -572,10 +572,6 @@ def load_backbone(model, source):
         advice = f"use --backbone {shapes()[found]}" if found in shapes() else presets()
         raise ValueError("{} holds a ViT of width {}, {} blocks, patch {}; the model has width {}, "
                          "{} blocks, patch {}: {}".format(path, *found, *wanted, advice))
-    missing = [name for name in own if name not in state]
-    if missing:
-        raise ValueError(f"{path} lacks {len(missing)} weights of a ViT, such as {missing[0]}: "
-                         "not a whole one")
     told = f"{len(own)} tensors loaded from {path}"
     if state["pos_embed"].shape != own["pos_embed"].shape:
         old, new = (math.isqrt(max(0, p.shape[1] - 1)) for p in (state["pos_embed"], own["pos_embed"]))
@@ -588,6 +584,8 @@ def load_backbone(model, source):
         state["pos_embed"] = torch.cat([token, grid.flatten(2).mT], dim=1)
         told += f", position embeddings resized from {old}×{old} to {new}×{new}"
     for name, p in own.items():
+        if name not in state:
+            raise ValueError(f"{path} lacks {name}: not a whole ViT, take another file")
         if state[name].shape != p.shape:
             raise ValueError(f"{name} in {path} is {tuple(state[name].shape)}: expected {tuple(p.shape)}")
         if not state[name].isfinite().all():
@@ -692,7 +690,8 @@ def bench():
     """Print what the experts cost at ViT-base width for one image, five tasks of 197 tokens each, and where
     the time of a step goes."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    native = device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)  # else emulated, slow
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=native)
     x = torch.randn(5, 1, 197, 768, device=device, requires_grad=True)
     images = torch.randn(1, 3, 224, 224, device=device)
 

@@ -224,6 +224,8 @@ def test_without_noise_there_is_no_matrix_for_it_and_no_random_number():
 
 def test_a_fresh_layer_starts_as_the_paper_page_says():
     layer, linear = ase.LoRAExperts(small(dim=300)), ase.LoRALinear(300, 7, 4)
+    # an optimiser's state goes by this order
+    assert [name for name, _ in layer.named_parameters()] == ["router", "router_noise", "down", "up"]
     assert layer.up.eq(0).all() and layer.router_noise.eq(0).all() and linear.lora_up.eq(0).all()
     assert 0.018 < layer.router.std() < 0.022
     for down in (layer.down, linear.lora_down):  # Kaiming-uniform with a = √5
@@ -530,6 +532,20 @@ def test_routers_stay_in_float32_under_autocast_and_in_a_model_of_bfloat16():
     torch.testing.assert_close(half.eval().logits(x.bfloat16()), expected)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_a_gpu_computes_what_a_cpu_does():
+    results = []
+    for device in ("cpu", "cuda"):
+        model = randomise(ase.ASE(small())).to(device)
+        predictions, routing = model(random(3, 3, 8, 8).to(device))
+        sum(p.square().mean() for p in [*predictions.values(), *routing]).backward()
+        gradients = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
+        results.append([x.cpu() for x in (*predictions.values(), *routing, *gradients)])
+    assert len(results[0]) > 30
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
+
+
 # ---------------------------------------------------------------------------------------- pretrained weights
 
 
@@ -673,13 +689,13 @@ def header(**changes):
 
 CODE = b"cos\nsystem\n(S'touch executed'\ntR."  # a pickle of os.system("touch executed")
 FAULTS = {  # a name → what the file holds, and what the error says of it
-    "empty": (lambda s: b"", "expected a ViT"),
-    "text": (lambda s: b"are these weights?", "expected a ViT"),
-    "one byte": (lambda s: b".", "expected a ViT"),
+    "empty": (lambda s: b"", "expected a file of torch.save"),
+    "text": (lambda s: b"are these weights?", "expected a file of torch.save"),
+    "one byte": (lambda s: b".", "expected a file of torch.save"),
     "code": (lambda s: CODE, "cannot read"),
     "a tensor": (lambda s: torch.zeros(3), "holds a Tensor"),
     "no ViT": (lambda s: {"fc.weight": torch.zeros(3)}, "fc.weight"),
-    "a key missing": (lambda s: {n: x for n, x in s.items() if n != "norm.bias"}, "lacks 1 .*norm.bias"),
+    "a key missing": (lambda s: {n: x for n, x in s.items() if n != "norm.bias"}, "lacks norm.bias"),
     "NaN": (lambda s: s | {"norm.bias": s["norm.bias"] / 0}, "norm.bias .*not finite"),
     "a shape": (lambda s: s | {"norm.bias": torch.zeros(17)}, r"norm.bias .*\(17,\).*\(18,\)"),
     "no square": (lambda s: s | {"pos_embed": torch.zeros(1, 7, 18)}, "7 position embeddings"),
@@ -707,7 +723,7 @@ FAULTS = {  # a name → what the file holds, and what the error says of it
     "rotary": (lambda s: s | {"rope.periods": torch.ones(3)}, "another architecture: rope.periods"),
     "no keys": (
         lambda s: {n: x for n, x in transformers_names(s, IN_MEMORY, "").items() if "k_proj" not in n},
-        "lacks 4 .*blocks.0.attn.qkv"),
+        "lacks blocks.0.attn.qkv.weight"),
     "patch": (lambda s: backbone_of(small(image=16, patch=8)), "patch 8.* patch 4"),
     "header of 2^60 bytes": (lambda s: safetensors(s, length=2**60), "header"),
     "header cut": (lambda s: safetensors(s, length=9), "cannot read"),
@@ -742,7 +758,7 @@ def test_a_weights_file_cut_anywhere_or_absent_is_one_line(tmp_path, content):
     whole = path.read_bytes()
     for size in range(0, len(whole), len(whole) // 19):
         path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=r"^[^\n]*expected a ViT[^\n]*$"):
+        with pytest.raises(ValueError, match=r"^[^\n]*expected a file of torch.save[^\n]*$"):
             ase.read_backbone(path)
 
 
@@ -764,7 +780,7 @@ def test_a_file_of_more_than_tensors_names_the_line_that_makes_one_of_tensors(tm
     with pytest.raises(ValueError, match=f"holds {told} beside tensors, .*: python -c ") as error:
         ase.load_backbone(model, path)
     assert "\n" not in str(error.value)
-    line = str(error.value).split("alone: ")[1].split(": expected")[0]
+    line = str(error.value).split("alone: ")[1]
     subprocess.run(line.replace("python", sys.executable, 1), shell=True, check=True)
     ase.load_backbone(model, f"{path}.tensors")
     assert torch.equal(model.pos_embed, state["pos_embed"])
