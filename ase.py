@@ -485,6 +485,8 @@ def timm_names(state):
 
 
 class Pretrained(NamedTuple):
+    """A pretrained ViT as it was read."""
+
     path: Path
     state: dict  # timm's name of a ViT's weight → tensor
     left: list   # names of what else the file holds
@@ -510,7 +512,7 @@ def read_backbone(source):
             state = state[wrapper]
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}: {accepted}")
-    state = {str(name): x for name, x in state.items()
+    state = {" ".join(str(name).split()): x for name, x in state.items()
              if isinstance(x, torch.Tensor) and x.layout == torch.strided and x.is_floating_point()}
     for name, x in state.items():  # one number, repeated, makes a tensor of any size
         if x.numel() * x.element_size() > path.stat().st_size:
@@ -544,6 +546,7 @@ def shapes():
 
 
 def presets():
+    """The end of an error: what is expected."""
     return "expected " + " or ".join(
         "{} (width {}, {} blocks, patch {})".format(name, *shape) for shape, name in shapes().items())
 

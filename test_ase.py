@@ -695,6 +695,7 @@ FAULTS = {  # a name → what the file holds, and what the error says of it
     "code": (lambda s: CODE, "cannot read"),
     "a tensor": (lambda s: torch.zeros(3), "holds a Tensor"),
     "no ViT": (lambda s: {"fc.weight": torch.zeros(3)}, "fc.weight"),
+    "a name of two lines": (lambda s: {"fc\nweight": torch.zeros(3)}, "fc weight"),
     "a key missing": (lambda s: {n: x for n, x in s.items() if n != "norm.bias"}, "lacks norm.bias"),
     "NaN": (lambda s: s | {"norm.bias": s["norm.bias"] / 0}, "norm.bias .*not finite"),
     "a shape": (lambda s: s | {"norm.bias": torch.zeros(17)}, r"norm.bias .*\(17,\).*\(18,\)"),
