@@ -6,19 +6,23 @@
 
 Protocol: that of Vandenhende et al. 2021 and M3ViT (Fan et al. 2022), whose numbers Table 1 of the ASE paper
 continues. The network sees S×S; its predictions are brought to each image's own size and compared there with
-the untouched truth.
+the untouched truth. That is what training learns from, but for edges: training has the thinned Laplacian of
+the LabelMap, as the field's loaders do, and odsF is judged against its thinned `seg2bmap`, as in SEISM.
 
 Shapes: B images · C channels · S side of the network's input · H, W an image's own height and width · K
 thresholds.
 """
 
 import argparse
+import collections
 import concurrent.futures
 import contextlib
+import hashlib
 import json
 import math
 import sys
 import time
+import warnings
 import zlib
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -31,23 +35,29 @@ from scipy import ndimage
 
 import ase
 import data
-from data import IGNORE, TASKS, UserError, legend_of, paint, removable, sheet
+from data import IGNORE, TASKS, UserError, legend_of, paint, removable, sheet, thin
 
 
 def pick_device(name=None, index=0):
-    """The device that a command runs on. Raises UserError for one that isn't there."""
+    """The device that a command runs on. Raises UserError for one that isn't there, or holds no numbers."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name, index) if name == "cuda" else torch.device(name)
-        torch.empty(1, device=device)
+        torch.ones(1, device=device).item()
         return device
-    except (RuntimeError, AssertionError):
+    except Exception:  # torch raises many kinds for what it knows by name only
         raise UserError(f"no device {name} here: expected cpu, or cuda where torch has it") from None
 
 
+def precision(device):
+    """bfloat16 on a GPU that computes it natively (compute capability 8.0 on), else float32."""
+    native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if native else torch.float32
+
+
 def autocast(device):
-    """bfloat16 on a GPU, the precision of the weights on a CPU."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    """The forward pass in `precision`; the weights stay what they are."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision(device) == torch.bfloat16)
 
 
 # ----------------------------------------------------------------------------------------------------- losses
@@ -135,9 +145,13 @@ def confusion(prediction, truth, classes):
 
 def miou(total):
     """Mean of right / (predicted + true − right) over the classes that occur, percent; NaN if none does."""
-    right, predicted, true = total.T
-    union = predicted + true - right
-    return 100 * float(np.mean(right[union > 0] / union[union > 0])) if union.any() else math.nan
+    right, predicted, true = total[occurring(total)].T
+    return 100 * float(np.mean(right / (predicted + true - right))) if right.size else math.nan
+
+
+def occurring(total):
+    """Which classes occur, in prediction or truth: (classes, 3) as of `confusion` → (classes,) bool."""
+    return total.any(1)
 
 
 def jaccards(prediction, truth):
@@ -159,6 +173,17 @@ def angles(prediction, truth):
 
 
 THRESHOLDS = np.r_[0.001, np.arange(1, 100) / 100, 0.999]  # 101 of them; THRESHOLDS[1:-1] are the 99 of MTLP
+
+
+def seg2bmap(labels):
+    """The boundaries between labels as the BSDS benchmark draws them (Martin 2003): (H, W) integers → bool.
+
+    A pixel is boundary where its label is not that of its east, south or south-east neighbour; in the last
+    row only east counts, in the last column only south. Thinned, this is the truth of odsF.
+    """
+    x = np.pad(labels, (0, 1), mode="edge")  # beyond the border nothing changes
+    here = x[:-1, :-1]
+    return (here != x[:-1, 1:]) | (here != x[1:, :-1]) | (here != x[1:, 1:])
 
 
 def suppress(prob):
@@ -345,12 +370,19 @@ def ods_f(counts):
     return float(100 * (2 * matched / (predicted + truth)).max())
 
 
+def seism_edges(target, planes):
+    """The truth of odsF, which training does not have: one line around all labels, ignored nowhere."""
+    low, high = data.pick(planes, "labelmap").astype(np.int32)
+    return thin(seg2bmap(low + 256 * high))                                              # (H, W) bool
+
+
 class Metric(NamedTuple):
     squash: Callable   # raw output (C, S, S) → what is brought to native size
     decide: Callable   # that, at native size → the prediction that is judged and drawn
     measure: Callable  # (prediction, truth, channels, protocol) → numbers that add up over images
     value: Callable    # their sum → the metric
     constant: tuple    # the raw output that knows nothing: the first channels', the others are 0
+    truth: Callable = lambda target, planes: target  # what `measure` gets, from what training learns from
 
 
 METRICS = {
@@ -360,7 +392,7 @@ METRICS = {
     "max_iou": Metric(torch.sigmoid, lambda x: x[0], lambda p, t, *_: jaccards(p, t),
                       lambda total: 100 * float((total[:, 0] / total[:, 1]).max()), (9,)),
     "odsf": Metric(torch.sigmoid, lambda x: x[0], lambda p, t, _, protocol: edge_counts(
-        p, t == 1, protocol.levels(), nms=protocol.nms), ods_f, (-9,)),
+        p, t, protocol.levels(), nms=protocol.nms), ods_f, (-9,), seism_edges),
     "angle": Metric(lambda x: data.unit(x, 0), lambda x: data.unit(x, 0),
                     lambda p, t, *_: angles(p, t),
                     lambda total: float(total[0] / total[1]) if total[1] else math.nan, (0, 0, 1)),
@@ -401,56 +433,50 @@ def predict(model, image, mean_std, device):
     return {task: metric_of(task).squash(p[0].float()).cpu().numpy() for task, p in predictions.items()}
 
 
-def _judge(job):
-    """One image in a worker: its files, read once, against the model's outputs and a constant's.
+def read_truth(root, id, tasks, image=None):
+    """An image (3, H, W) uint8 and the truth its predictions are judged against and drawn beside, {task: (H, W)
+    or (3, H, W)}, from the files of these tasks (`image`, where given, is not read again)."""
+    planes = data.read_planes(root, id, image)
+    targets = data.targets(torch.from_numpy(planes)[None])
+    truth = {task: metric_of(task).truth(targets[task][0].numpy(), planes) for task in tasks}
+    return data.pick(planes, "image"), truth
 
-    Returns two {task: numbers that add up}, and the seconds that each stage took.
-    """
+
+def _judge(job):
+    """One image in a worker: its truth against the model's outputs and a constant's. → two {task: numbers}."""
     root, id, image, squashed, protocol = job
-    totals, constants, seconds = {}, {}, {}
-    start = time.perf_counter()
-    planes = torch.from_numpy(data.read_planes(root, id, image))
-    truth = {task: x[0].numpy() for task, x in data.targets(planes[None]).items()}
-    seconds["files"] = time.perf_counter() - start
-    for task, x in squashed.items():
-        start = time.perf_counter()
-        metric, channels, size = metric_of(task), TASKS[task].channels, image.shape[1:]
-        prediction = to_native({task: x}, size)[task]
+    totals, constants = {}, {}
+    _, truth = read_truth(root, id, list(squashed), image)
+    for task, prediction in to_native(squashed, image.shape[1:]).items():
+        metric, channels = metric_of(task), TASKS[task].channels
         totals[task] = metric.measure(prediction, truth[task], channels, protocol)
-        seconds[task] = time.perf_counter() - start
-        start = time.perf_counter()
         constant = torch.zeros(channels, 1, 1)
         constant[:len(metric.constant), 0, 0] = torch.tensor(metric.constant, dtype=torch.float32)
         constant = metric.decide(metric.squash(constant)).numpy()
-        constant = np.broadcast_to(constant, constant.shape[:-2] + size)
+        constant = np.broadcast_to(constant, prediction.shape)
         constants[task] = metric.measure(constant, truth[task], channels, protocol)
-        seconds["constant"] = seconds.get("constant", 0) + time.perf_counter() - start
-    return totals, constants, seconds
+    return totals, constants
 
 
 def judge(model, dataset, mean_std, device, protocol=Protocol()):
-    """Judge a model on a split: {task: summed numbers}, the same for a constant prediction, and the seconds
-    that each stage took, over all cores.
+    """Judge a model on a split: {task: summed numbers}, and the same for a constant prediction.
 
     The model runs here, the files are read and the metrics computed by workers, one image a job; memory does
     not grow with the number of images.
     """
-    sums = {}, {}, {"model": 0.0}
+    sums = {}, {}
 
     def jobs(readers):
         images = data.ahead(lambda id: data.read_map(dataset.root, "image", id, None), dataset.ids, readers)
         for id, image in zip(dataset.ids, images):
-            start = time.perf_counter()
-            squashed = predict(model, image, mean_std, device)
-            sums[2]["model"] += time.perf_counter() - start
-            yield dataset.root, id, image, squashed, protocol
+            yield dataset.root, id, image, predict(model, image, mean_std, device), protocol
 
     with concurrent.futures.ThreadPoolExecutor(2) as readers, data.workers() as pool:
         results = data.ahead(_judge, jobs(readers), pool, depth=4 * data.cores())
         for result in data.progress(results, len(dataset), "evaluate"):
             for total, one in zip(sums, result):
-                for name, numbers in one.items():
-                    total[name] = total.get(name, 0) + numbers
+                for task, numbers in one.items():
+                    total[task] = total.get(task, 0) + numbers
     return sums
 
 
@@ -466,11 +492,6 @@ BASELINES = {
     "resnet18": {"semseg": 60.1, "human_parts": 51.0, "sal": 63.2, "edge": 50.8, "normals": 15.4},
     # the survey of Vandenhende et al. 2021, its single-task baseline
     "survey": {"semseg": 66.2, "human_parts": 59.9, "sal": 66.3, "edge": 68.8, "normals": 13.9},
-    # single-task models of the default demo, means of seeds 0 and 1, 2026-11-25, 2 cores, torch 2.13.0:
-    # for each TASK and SEED, python train.py --experts 0 --tasks TASK --seed SEED --out runs/TASK-SEED
-    # semseg 35.73, 33.64; human_parts 27.22, 27.27;
-    # sal 57.54, 57.04; edge 41.31, 41.48; normals 20.71, 20.24
-    "demo": {"semseg": 34.68, "human_parts": 27.24, "sal": 57.29, "edge": 41.39, "normals": 20.48},
 }
 
 
@@ -496,16 +517,22 @@ class Run(NamedTuple):
 
 
 def open_run(folder):
-    """Read a run's config.json. Raises UserError for anything that is not a run."""
+    """Read a run's config.json. Raises UserError for anything that is not a run of this code."""
     path = Path(folder) / "config.json"
     try:
-        settings = json.loads(path.read_text())
-        return Run(Path(folder), settings, ase.Config(**settings["model"]))
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        config = ase.Config(**settings["model"])
+        for task, channels in config.tasks.items():
+            if channels != TASKS[task].channels:
+                raise ValueError(f"{channels} channels for {task}, which has {TASKS[task].channels}")
+        data.MEAN_STD[settings["mean_std"]], Path(settings["data"])
+        return Run(Path(folder), settings, config)
     except OSError:
         raise UserError(f"{folder} is no run folder: it has no config.json; "
                         "name a folder that train.py made") from None
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is broken ({error}): train again into another folder, --out DIR") from None
+        raise UserError(f"{path} is broken, or made by other code ({type(error).__name__}: {error}): "
+                        "train again into another folder, --out DIR") from None
 
 
 def load_checkpoint(path):
@@ -514,51 +541,98 @@ def load_checkpoint(path):
         raise UserError(f"no checkpoint {path}: the run has not "
                         "finished its first epoch; start train.py again")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds on a truncated file
-        reason = " ".join(str(error).split())[:100]
-        raise UserError(f"cannot read {path} ({reason}): delete it and start train.py again") from None
+        checkpoint = ase.load(path)
+        if not isinstance(checkpoint, dict) or not {"model", "optimizer", "epoch"} <= checkpoint.keys():
+            raise ValueError(f"{path} does not hold a model, its optimizer and the epoch")
+        return checkpoint
+    except ValueError as error:
+        raise UserError(f"{error}: delete it and start train.py again") from None
 
 
 def load_model(run, device):
     """The trained model of a run, ready to predict."""
     model = ase.ASE(run.config)
+    state = load_checkpoint(run.folder / "checkpoint.pt")["model"]
     try:
-        model.load_state_dict(load_checkpoint(run.folder / "checkpoint.pt")["model"])
-    except (RuntimeError, KeyError, TypeError):
+        # the name that the routers' noise had in the first checkpoints
+        state = {name.replace("experts.noise", "experts.router_noise"): x for name, x in state.items()}
+        model.load_state_dict(state)
+    except (RuntimeError, AttributeError, TypeError):
         raise UserError(f"{run.folder}/checkpoint.pt does not fit its config.json: train again") from None
     return model.to(device).eval()
 
 
+def file_of(run, dataset, args):
+    """Where a run's result is kept: metrics.json for the full default protocol, else a file of its own."""
+    def short(name, text):
+        return f"{name}-{zlib.crc32(text.encode()):08x}"
+
+    trained_on, told = Path(run.settings["data"]), []
+    # where that is gone, --data names the place where it is now
+    if args.data and trained_on.exists() and not trained_on.samefile(dataset.root):
+        told.append("data-" + short(dataset.root.resolve().name, str(dataset.root.resolve())))
+    if args.ids:
+        told.append("ids-" + short(Path(args.ids).stem, " ".join(dataset.ids)))
+    told += ["quick"] * args.quick + ["no-nms"] * args.no_nms
+    told += [f"thresholds-{args.thresholds}"] * (args.thresholds != Protocol().thresholds)
+    return "-".join(["metrics", *told]) + ".json"
+
+
+def keep(folder, result):
+    """Write a result into its file of a run, with a checksum that `kept` looks at."""
+    data.write_json(folder / result["file"], {**result, "check": zlib.crc32(json.dumps(result).encode())})
+
+
+def kept(folder, file, key):
+    """The result in a run's `file`, or None if that has another key or is not what was written."""
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
+        known = json.loads((folder / file).read_bytes())
+        if known.pop("check") == zlib.crc32(json.dumps(known).encode()) and known["key"] == key:
+            return known
+
+
+def or_null(metrics):
+    """Metrics as JSON has them: None for the NaN of a task without any truth."""
+    return {task: None if math.isnan(value) else value for task, value in metrics.items()}
+
+
 def judge_run(run, args, device):
-    """The results of a run, from its metrics.json if computed before; pictures are drawn beside it."""
-    dataset = data.PascalContext(args.data or run.settings["data"], "val", run.config.image)
+    """The results of a run, from the file of this protocol if computed before, by the same code from the same
+    checkpoint; else they are written there once the pictures beside it are drawn."""
+    root = Path(args.data or run.settings["data"])
+    if not args.data and not root.exists():
+        raise UserError(f"{run.folder} was trained on {root}, which is not there: name it, --data DIR")
+    dataset = data.PascalContext(root, "val", run.config.image)
     if args.ids:
         dataset.ids = select_ids(dataset.ids, args.ids)
+    protocol, file = Protocol(not args.no_nms, args.thresholds), file_of(run, dataset, args)
     if args.quick:
         dataset.ids = dataset.ids[::-(-len(dataset) // 50)]
-    protocol = Protocol(not args.no_nms, args.thresholds)
-    path, key = run.folder / "metrics.json", None
-    with contextlib.suppress(OSError, ValueError, KeyError):  # no checkpoint, nothing known
-        stat = (run.folder / "checkpoint.pt").stat()
-        ids = zlib.crc32(" ".join(dataset.ids).encode())
-        key = repr((stat.st_size, stat.st_mtime_ns, str(dataset.root.resolve()), ids, *protocol))
-        known = json.loads(path.read_text())
-        if known["key"] == key:
-            return known
+    stats = [path.stat() for path in run.folder.glob("checkpoint.pt")]
+    depends = [[(stat.st_size, stat.st_mtime_ns) for stat in stats], str(dataset.root.resolve()),
+               dataset.ids, protocol, run.settings]
+    code = b"".join(Path(path).read_bytes() for path in (ase.__file__, data.__file__, __file__))
+    key = hashlib.sha256(json.dumps(depends).encode() + code).hexdigest()
+    result = kept(run.folder, file, key)
+    if result:
+        print(f"{run.folder}: kept in {file} from {result['judged']}")
+        return result
     start = time.time()
     model = load_model(run, device)
-    mean_std = run.settings["mean_std"]
-    totals, constants, stages = judge(model, dataset, mean_std, device, protocol)
-    result = {"metrics": values(totals), "constant": values(constants), "images": len(dataset), "key": key,
-              "seconds": round(time.time() - start, 1)}
-    print(f"{run.folder}: judged in {result['seconds']:.0f} s; seconds of all processes: "
-          + ", ".join(f"{stage} {spent:.1f}" for stage, spent in stages.items()))
+    totals, constants = judge(model, dataset, run.settings["mean_std"], device, protocol)
+    seconds = round(time.time() - start, 1)
+    print(f"{run.folder}: judged in {seconds:.0f} s")
+    result = {"metrics": or_null(values(totals)), "constant": or_null(values(constants)), "baseline": None,
+              "delta_m": None, "images": len(dataset), "data": str(dataset.root.resolve()), "file": file,
+              "judged": time.strftime("%Y-%m-%d %H:%M"), "seconds": seconds, "key": key}
+    # of how many classes a mean over classes is, and how many there are
+    result["classes"] = {task: [int(occurring(total).sum()), len(total)] for task, total in totals.items()
+                         if TASKS[task].metric == "miou"}
     if "edge" in totals:
         result["edge"] = {"thresholds": protocol.levels().tolist(), "counts": totals["edge"].tolist(),
                           "nms": protocol.nms}
-    data.write_json(path, result)
     draw_run(run, result, model, dataset, device)
+    keep(run.folder, result)
     return result
 
 
@@ -616,7 +690,7 @@ def plot(size, xlim, ylim, labels, series=(), heat=None, xticks=None, yticks=Non
     for xs, ys, colour, width, name in series:
         points = zip(np.interp(xs, xlim, (left, right)), np.interp(ys, ylim, (bottom, top)))
         points = [point for point in points if np.isfinite(point).all()]
-        if width:
+        if width and len(points) > 1:
             draw.line(points, colour, 2 * width, joint="curve")
         else:
             for x, y in points:
@@ -632,7 +706,7 @@ def plot(size, xlim, ylim, labels, series=(), heat=None, xticks=None, yticks=Non
 def draw_experts(path, epochs, tasks, shared):
     """Draw Fig. 4: the mean gate of each expert in each layer, task by task, at the first, third and last
     epoch. Epochs: (number, gates (L, T, N), the shared experts first). Without experts nothing is drawn."""
-    gates = {number: np.asarray(values) for number, values in epochs}
+    gates = {number: np.nan_to_num(np.array(values, float), posinf=0) for number, values in epochs}
     shown = [number for i, number in enumerate(gates) if i in (0, 2, len(gates) - 1)]
     if not shown or gates[shown[0]].size == 0:
         return
@@ -653,27 +727,46 @@ def draw_experts(path, epochs, tasks, shared):
     sheet([*rows, [bar]], titles, labels=tasks, cell=bar.shape[1] // 2, frame="white", path=path)
 
 
-def draw_curves(path, records):
-    """Draw each task's losses and the learning rate from the records of log.jsonl. Without steps: nothing."""
+def limits(values, low=0, high=100):
+    """The percentiles `low` and `high` of the finite ones among the values, 0 and 1 where there is none."""
+    values = np.array(values, float)
+    values = values[np.isfinite(values)]
+    return np.percentile(values, (low, high)) if values.size else (0, 1)
+
+
+def draw_curves(path, records, shared=0, topk=0):
+    """Draw each task's losses, the learning rate and, where there are `shared` experts, their share of the
+    gates, from the records of log.jsonl. Without steps nothing is drawn."""
     steps, epochs = [{r["step"]: r for r in records if r["kind"] == kind} for kind in ("step", "epoch")]
     if not steps:
         return
-    x = list(steps)
+    x, tasks = list(steps), list(next(iter(steps.values()))["losses"])
     window = np.ones(1 + len(x) // 20)
     axes = dict(size=(330, 190), xlim=(0, x[-1]))
     panels = []
-    for task in next(iter(steps.values()))["losses"]:
-        train = [record["losses"][task] for record in steps.values()]
-        val = [record["val"][task] for record in epochs.values()]
+    for task in tasks:
+        train = np.array([record["losses"][task] for record in steps.values()], float)
+        val = np.array([record["val"][task] for record in epochs.values()], float)
         mean = np.convolve(train, window, "same") / np.convolve(np.ones(len(x)), window, "same")
         lines = [(x, train, PALE, 1, ""), (x, mean, BLUE, 2, ""), (list(epochs), val, ORANGE, 0, "")]
-        ylim = np.nanpercentile(train + val, (0, 99))
+        ylim = limits(np.concatenate([train, val]), 0, 99)
         panels.append(plot(ylim=ylim, labels=(task, "step", "loss"), series=lines, **axes))
     rate = [record["lr"] for record in steps.values()]
     lines = [(x, rate, BLUE, 2, "")]
-    panels.append(plot(ylim=(0, max(rate)), labels=("learning rate", "step", ""), series=lines, **axes))
+    panels.append(plot(ylim=(0, limits(rate)[1]), labels=("learning rate", "step", ""), series=lines, **axes))
     legend = [("training loss, each log record", PALE),
               ("its running mean", BLUE), ("validation loss", ORANGE)]
+    if shared and epochs:
+        gates = np.array([record["gates"] for record in epochs.values()], float)         # (epochs, L, T, N)
+        shares = gates[..., :shared].sum(-1).mean(1).T                                   # (T, epochs)
+        neutral = shared / (shared + topk)  # what they have where all logits are equal
+        lines = [((0, x[-1]), (neutral, neutral), GREY, 2, "")]
+        colours = [tuple(colour) for colour in data.PALETTE[1:1 + len(tasks)].tolist()]
+        lines += [(list(epochs), share, colour, 2, "") for share, colour in zip(shares, colours)]
+        ylim = 0, 1.1 * max(neutral, limits(shares)[1])
+        panels.append(plot(ylim=ylim, labels=("gates of the shared experts", "step", "sum"), series=lines,
+                           **axes))
+        legend += [("shared experts:", None), ("all logits equal", GREY), *zip(tasks, colours)]
     rows = [panels[i:i + 3] for i in range(0, len(panels), 3)]
     sheet(rows, legend=legend, cell=panels[0].shape[1] // 2, frame="white", path=path)
 
@@ -705,38 +798,54 @@ def draw_edges(path, counts, thresholds):
 def read_log(folder):
     """The records of a run's log.jsonl, [] where there is none."""
     path, records = folder / "log.jsonl", []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError):  # a crash or a full disk may have cut a line
-            records.append(json.loads(line))
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # cut by a crash or a full disk, or no record
+            record = json.loads(line)
+            if record["kind"] in ("step", "epoch") and record["step"] >= 0 and record["epoch"] >= 0:
+                records.append(record)
     return records
 
 
+PICTURES = ("predictions", "experts", "curves", "edges")
+
+
 def draw_run(run, result, model, dataset, device):
-    """All pictures of a run, into its folder."""
-    chosen = range(0, len(dataset), max(1, len(dataset) // 6))[:6]
+    """All pictures of a run, into its folder; what depends on the protocol beside its metrics, by its name."""
+    protocol = result["file"].removeprefix("metrics").removesuffix(".json")
+    chosen = dataset.ids[::max(1, len(dataset) // 6)][:6]
     samples = []
-    for i in chosen:
-        image, truth = dataset[i]
-        squashed = predict(model, image.numpy(), run.settings["mean_std"], device)
-        truth = {task: truth[task].numpy() for task in squashed}
-        samples.append((image.permute(1, 2, 0).numpy(), truth, to_native(squashed, image.shape[1:])))
-    draw_predictions(run.folder / "predictions.png", samples)
-    records = read_log(run.folder)
-    epochs = [(r["epoch"], r["gates"]) for r in records if r["kind"] == "epoch"]
-    draw_experts(run.folder / "experts.png", epochs, list(run.config.tasks), run.config.shared)
-    draw_curves(run.folder / "curves.png", records)
+    for id in chosen:
+        image, truth = read_truth(dataset.root, id, list(run.config.tasks))
+        squashed = predict(model, image, run.settings["mean_std"], device)
+        samples.append((image.transpose(1, 2, 0), truth, to_native(squashed, image.shape[1:])))
+    draw_predictions(run.folder / f"predictions{protocol}.png", samples)
     if "edge" in result:
-        draw_edges(run.folder / "edges.png", result["edge"]["counts"], result["edge"]["thresholds"])
+        edge = result["edge"]
+        draw_edges(run.folder / f"edges{protocol}.png", edge["counts"], edge["thresholds"])
+    config, records = run.config, read_log(run.folder)
+    try:
+        epochs = [(r["epoch"], r["gates"]) for r in records if r["kind"] == "epoch"]
+        draw_experts(run.folder / "experts.png", epochs, list(config.tasks), config.shared)
+        joint = config.experts and config.gating == "joint"
+        draw_curves(run.folder / "curves.png", records, config.shared if joint else 0, config.topk)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        print(f"{run.folder}/log.jsonl is not as train.py writes it ({type(error).__name__}: {error}): "
+              "experts.png or curves.png is left out")
 
 
 def draw_photo(run, path, model, device):
     """A photo's predictions as one picture, run/NAME.png: turned as EXIF says, transparency on white."""
     out = run.folder / f"{path.stem}.png"
-    if out.exists() and (out.samefile(path) or path.stem in ("predictions", "experts", "curves", "edges")):
+    if out.exists() and (out.samefile(path) or path.stem.split("-")[0] in PICTURES):
         raise UserError(f"the predictions would replace {out}: rename {path}")
     try:
-        with Image.open(path) as photo:
+        with warnings.catch_warnings(), Image.open(path) as photo:
+            warnings.simplefilter("ignore")  # Pillow's about a large one
             photo = ImageOps.exif_transpose(photo)
+            if photo.mode == "F":
+                raise ValueError("it holds floats, of a range that it does not say")
+            if photo.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8
+                photo = Image.fromarray((np.asarray(photo) / 257).clip(0, 255).astype(np.uint8))
             if photo.has_transparency_data:
                 photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo.convert("RGBA"))
             photo.thumbnail((2048, 2048))
@@ -749,67 +858,83 @@ def draw_photo(run, path, model, device):
     print(f"drawn: {out}")
 
 
-def baseline_of(args, runs, results, device):
-    """(name, {task: value}) to compare with: --baseline's, else the data set's, else (None, {})."""
-    if args.baseline and len(args.baseline) == 1 and args.baseline[0] in BASELINES:
-        return args.baseline[0], BASELINES[args.baseline[0]]
-    if args.baseline:
-        gathered = {}
-        for folder in args.baseline:
-            if not Path(folder).is_dir():
-                raise UserError(f"unknown baseline {folder}: expected one "
-                                f"of {', '.join(BASELINES)}, or run folders")
-            for task, value in judge_run(open_run(folder), args, device)["metrics"].items():
-                gathered.setdefault(task, []).append(value)
-        return " ".join(args.baseline), {task: float(np.mean(v)) for task, v in gathered.items()}
-    roots = {args.data or run.settings["data"] for run in runs}
+def baseline_of(args, results, device):
+    """What to compare with, (name, {task: value}): --baseline's, else the data set's, else (why none, {})."""
+    names = args.baseline or []
+    if any(name in BASELINES for name in names):
+        if len(names) > 1:
+            raise UserError(f"--baseline {' '.join(names)}: expected one of {', '.join(BASELINES)}, alone, "
+                            "or run folders")
+        return names[0], BASELINES[names[0]]
+    gathered = collections.defaultdict(list)
+    for folder in names:
+        if not Path(folder).is_dir():
+            raise UserError(f"unknown baseline {folder}: expected one "
+                            f"of {', '.join(BASELINES)}, or run folders")
+        for task, value in judge_run(open_run(folder), args, device)["metrics"].items():
+            gathered[task] += [] if value is None else [value]
+    if names:
+        return " ".join(names), {task: float(np.mean(v)) for task, v in gathered.items() if v}
+    roots = {result["data"] for result in results}
     if len(roots) > 1:
         raise UserError(f"runs on several data sets ({', '.join(sorted(roots))}) have no baseline in "
                         "common: name one")
-    marker = Path(roots.pop()) / "demo.json"
-    is_demo = marker.is_file()
-    if is_demo and not data.DEMO.items() <= json.loads(marker.read_text()).items():
-        return None, {}
-    name = "demo" if is_demo else "resnet18"
-    known = all(result["metrics"].keys() <= BASELINES[name].keys() for result in results)
-    return (name, BASELINES[name]) if known else (None, {})
+    if (Path(roots.pop()) / "demo.json").is_file():
+        return "none: the demo's is to be measured again; name runs, --baseline", {}
+    if not all(result["metrics"].keys() <= BASELINES["resnet18"].keys() for result in results):
+        return "none for these tasks; name runs, --baseline", {}
+    return "resnet18", BASELINES["resnet18"]
 
 
 def print_table(runs, results, name, baseline):
-    """One row a run: configuration, metrics, Δm, parameters; then what they are compared with."""
+    """One row a run: configuration, metrics, Δm, parameters; then what they are compared with, and notes."""
     wide = max(12, *(len(str(run.folder)) for run in runs))
     arrow = {True: "↓", False: "↑"}
     print(f"\n{'':{wide}}{'':>14}" + "".join(f"{task:>13}" for task in TASKS))
     heads = "".join(f"{task.title + ' ' + arrow[task.lower_is_better]:>13}" for task in TASKS.values())
     print(f"{'run':{wide}}{'(N/k/S/r)':>14}{heads}{'Δm %':>9}{'params M':>10}{'trained':>9}")
 
+    def cell(value, form):
+        return "–" if value is None else format(value, form)
+
     def row(label, configuration, metrics, rest=""):
-        cells = "".join(f"{metrics[task]:13.2f}" if task in metrics else f"{'–':>13}" for task in TASKS)
+        cells = "".join(f"{cell(metrics.get(task), '.2f'):>13}" for task in TASKS)
         print(f"{label:{wide}}{configuration:>14}{cells}{rest}")
 
+    notes = collections.defaultdict(list)  # what is to be told → the runs it is told of
     for run, result in zip(runs, results):
         c = run.config
         with torch.device("meta"):
             counts = ase.count(ase.ASE(c)).values()
         total, trained = (sum(n[i] for n in counts) / 1e6 for i in (0, 1))
-        delta = f"{result['delta_m']:+9.2f}" if result["delta_m"] is not None else f"{'–':>9}"
         numbers = f"{c.experts}/{c.topk}/{c.shared}/{c.rank}" if c.experts else "no experts"
-        row(str(run.folder), numbers, result["metrics"], f"{delta}{total:10.2f}{trained:9.2f}")
-    if name:
+        rest = f"{cell(result['delta_m'], '+.2f'):>9}{total:10.2f}{trained:9.2f}"
+        row(str(run.folder), numbers, result["metrics"], rest)
+        notes[f"{result['images']} images at native size, {result['data']}"].append(run)
+        if "edge" in result:
+            nms, levels = "with" if result["edge"]["nms"] else "without", len(result["edge"]["thresholds"])
+            notes[f"odsF {nms} NMS, {levels} thresholds"].append(run)
+        for task, (found, classes) in result["classes"].items():
+            if 0 < found < classes:
+                notes[f"{task}: the mean over the {found} of {classes} classes that occur"].append(run)
+        for task, value in result["metrics"].items():
+            if value is None:
+                notes[f"{task}: no truth in these images, and so no Δm"].append(run)
+        default = "" if result["file"] == "metrics.json" else ", which is not the full default protocol"
+        notes[f"kept in {result['file']}{default}"].append(run)
+    if baseline:
         row(f"baseline {name}"[:wide + 14], "", baseline)
     row("constant", "", {task: x for result in results for task, x in result["constant"].items()})
-    edge = next((result["edge"] for result in results if "edge" in result), None)
-    print(f"\n{results[0]['images']} images at native size; ", end="")
-    if edge:
-        print(f"odsF {'with' if edge['nms'] else 'without'} NMS, {len(edge['thresholds'])} thresholds; ",
-              end="")
-    print(f"baseline: {name or 'none for this data, name one: --baseline'}")
+    print()
+    for note, of in notes.items():
+        print(note + (f" ({', '.join(str(run.folder) for run in of)})" if len(of) < len(runs) else ""))
+    print(f"baseline: {name}")
 
 
 def select_ids(ids, path):
     """The ids that the file `path` lists, which must all be among `ids`."""
     try:
-        wanted = Path(path).read_text().split()
+        wanted = list(dict.fromkeys(Path(path).read_text(encoding="utf-8").split()))
     except (OSError, UnicodeDecodeError):
         raise UserError(f"cannot read the list of ids {path}: expected a text file, one id a line") from None
     unknown = sorted(set(wanted) - set(ids))
@@ -824,8 +949,7 @@ def main(argv=None):
     parser.add_argument("paths", nargs="+", metavar="RUN|PHOTO", help="run folders; photos, with one run")
     parser.add_argument("--baseline", nargs="+", metavar="NAME|RUN",
                         help=f"what Δm compares with: {', '.join(BASELINES)}, or runs whose metrics "
-                             "together make one (default: demo on the default demo, none on "
-                             "others, else resnet18)")
+                             "together make one (default: none on a demo, else resnet18)")
     parser.add_argument("--data", metavar="DIR",
                         help="the data set (default: the one the run was trained on)")
     parser.add_argument("--device", help="cpu, cuda, … (default: cuda where there is one)")
@@ -842,23 +966,35 @@ def main(argv=None):
 def run(args):
     device = pick_device(args.device)
     photos = [Path(p) for p in args.paths if Path(p).is_file()]
-    runs = [open_run(p) for p in args.paths if Path(p) not in photos]
+    folders = [Path(p) for p in args.paths if Path(p) not in photos]
+    early = [f for f in folders if f.is_dir() and not (f / "checkpoint.pt").is_file()]
+    if early and len(early) < len(folders):
+        print(f"left out, without a checkpoint yet: {', '.join(map(str, early))}")
+        folders = [folder for folder in folders if folder not in early]
+    runs = [open_run(folder) for folder in folders]
     if not runs:
         raise UserError(f"no run folder among {', '.join(args.paths)}: "
                         "name the one train.py made, such as run/")
     if photos:
         if len(runs) > 1:
             raise UserError(f"{len(runs)} runs and photos: name one run with them")
+        names = collections.Counter(photo.stem for photo in photos)
+        twice = [str(photo) for photo in photos if names[photo.stem] > 1]
+        if twice:
+            raise UserError(f"{' and '.join(twice)} would be drawn into one picture: rename one")
         model = load_model(runs[0], device)
         for photo in photos:
             draw_photo(runs[0], photo, model, device)
         return
     results = [judge_run(run, args, device) for run in runs]
-    name, baseline = baseline_of(args, runs, results, device)
+    name, baseline = baseline_of(args, results, device)
     for trained, result in zip(runs, results):
-        result["baseline"] = name
-        result["delta_m"] = delta_m(result["metrics"], baseline) if baseline else None
-        data.write_json(trained.folder / "metrics.json", result)
+        before = dict(result)
+        result["baseline"], result["delta_m"] = (name if baseline else None), None
+        if baseline and None not in result["metrics"].values():
+            result["delta_m"] = delta_m(result["metrics"], baseline)
+        if result != before:
+            keep(trained.folder, result)
     print_table(runs, results, name, baseline)
     pictures = sorted(p.name for p in runs[0].folder.glob("*.png"))
     print(f"pictures in {runs[0].folder}: {', '.join(pictures)}")
