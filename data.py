@@ -4,10 +4,10 @@
     python data.py demo              the same for the demo, which is rendered first if it isn't there
     python data.py DIR --make N M    render a demo of N training and M validation images into DIR
 
-Every image of a data set is a stack of 11 planes of bytes at the image's own size (`MAPS`): what the files
-hold, what the cache keeps, and what goes to the device. There one affine grid warps all planes at once and
-`targets` derives the tasks from them: edges and the validity of normals come from the warped LabelMap, never
-from a resized map of edges.
+An image of a data set is a stack of planes of bytes at the image's own size: the photo and the maps that the
+tasks are made from (`MAPS`). It is what the files hold, what the cache keeps, and what goes to the device.
+There one affine grid warps all planes at once and `targets` derives the tasks from them: edges and the
+validity of normals come from the warped LabelMap, never from a resized map of edges.
 
 Layout and class lists: PASCAL-Context (Mottaghi et al. 2014) with the parts of Chen et al. 2014 and the
 saliency and normals distilled by Maninis et al. 2019 (ASTMT), as multi-task papers use it since.
@@ -27,9 +27,11 @@ import os
 import re
 import shutil
 import signal
+import struct
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -39,6 +41,7 @@ import scipy.ndimage
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.utils.data import DataLoader
 
 IGNORE = 255  # in every map of classes and in the binary ones: no ground truth here
 
@@ -50,6 +53,7 @@ class Task(NamedTuple):
     metric: str            # a name in evaluate.METRICS
     lower_is_better: bool
     title: str             # of the metric, with its unit
+    maps: tuple = ()       # names in MAPS: the files that its truth is made from
     classes: tuple = ()
 
 
@@ -59,138 +63,13 @@ VOC_CLASSES = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "
 PART_CLASSES = ("background", "head", "torso", "upper arm", "lower arm", "upper leg", "lower leg")
 
 TASKS = {
-    "semseg": Task(21, 1, "cross_entropy", "miou", False, "mIoU %", VOC_CLASSES),
-    "human_parts": Task(7, 2, "cross_entropy", "miou", False, "mIoU %", PART_CLASSES),
-    "sal": Task(1, 5, "balanced_bce", "max_iou", False, "maxIoU %"),
-    "edge": Task(1, 50, "edge_bce", "odsf", False, "odsF %"),
-    "normals": Task(3, 10, "normals_l1", "angle", True, "mErr °"),
+    "semseg": Task(21, 1, "cross_entropy", "miou", False, "mIoU %", ("semseg",), VOC_CLASSES),
+    "human_parts": Task(7, 2, "cross_entropy", "miou", False, "mIoU %", ("human_parts",), PART_CLASSES),
+    "sal": Task(1, 5, "balanced_bce", "max_iou", False, "maxIoU %", ("sal",)),
+    "edge": Task(1, 50, "edge_bce", "odsf", False, "odsF %", ("labelmap",)),
+    "normals": Task(3, 10, "normals_l1", "angle", True, "mErr °", ("normals", "labelmap")),
 }
-
-
-# the ids of a split, train or val
-LISTS = "ImageSets/Context/{}.txt"
-
-DEMO = {"train": 1000, "val": 200, "size": 160}  # the demo made unasked: images, and their longest side
-
-# ------------------------------------------------------------------------------------ how the commands behave
-
-
-class UserError(Exception):
-    """Something the user can mend: the commands print it as one line and exit with code 2."""
-
-
-class Fault(UserError):
-    """A file of a data set that cannot be used. kind: missing, unreadable, size or range."""
-
-    def __init__(self, kind, message):
-        super().__init__(kind, message)
-        self.kind = kind
-
-    def __str__(self):
-        return self.args[1]
-
-
-def command(parser, job, argv=None):
-    """Parse the command line and do the job; whatever the user got wrong ends in one line and exit code 2."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
-    args = parser.parse_args(argv)
-    try:
-        return job(args)
-    except UserError as error:
-        parser.error(" ".join(str(error).split()))
-    except KeyboardInterrupt:
-        parser.exit(130, "\ninterrupted; the same command goes on or starts again\n")
-    except BrokenPipeError:  # of `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:  # a full disk, a folder that cannot be written
-        parser.error(f"{error.filename or 'a file'}: "
-                     f"{error.strerror or error}; mend that or name another path")
-
-
-def progress(items, total, what):
-    """Pass `items` on, showing on a terminal how many of `total` have come and how long it will take."""
-    start = time.time()
-    for n, item in enumerate(items, 1):
-        yield item
-        if sys.stderr.isatty():
-            left = duration((time.time() - start) / n * (total - n))
-            bar = "█" * (24 * n // total)
-            end = "\n" if n == total else ""
-            print(f"\r{what:12}{n:6}/{total} {bar:24} {left} left", end=end, file=sys.stderr, flush=True)
-
-
-def _start_worker():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent alone
-    torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent():
-    multiprocessing.parent_process().join()  # killed, it tells nobody
-    os._exit(1)
-
-
-def cores():
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def workers():
-    """A pool of processes, one a core; spawned, since a fork would inherit torch's threads half alive."""
-    for library in ("OMP", "OPENBLAS", "MKL"):
-        os.environ.setdefault(f"{library}_NUM_THREADS", "1")  # read by those who start now
-    return concurrent.futures.ProcessPoolExecutor(cores(), multiprocessing.get_context("spawn"),
-                                                  initializer=_start_worker)
-
-
-def ahead(function, items, pool, depth=8):
-    """`function` of every item, in order, worked out by `pool` at most `depth` items ahead."""
-    futures = collections.deque()
-    try:
-        for item in items:
-            futures.append(pool.submit(function, item))
-            if len(futures) > depth:
-                yield futures.popleft().result()
-        while futures:
-            yield futures.popleft().result()
-    finally:
-        for future in futures:
-            future.cancel()
-
-
-def parallel(function, items, what):
-    """`function` of every item, in order, with a progress bar; on all cores where that pays."""
-    if len(items) < 48:
-        yield from progress(map(function, items), len(items), what)
-    else:
-        with workers() as pool:
-            yield from progress(ahead(function, items, pool, 64), len(items), what)
-
-
-def write_atomically(path, write):
-    """`write(file)` into a temporary file and rename it: `path` is whole or as it was, at any moment."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path, value):
-    write_atomically(path, lambda file: file.write(json.dumps(value).encode()))
-
-
-def duration(seconds):
-    """Seconds as h:mm:ss."""
-    return str(datetime.timedelta(seconds=round(seconds)))
-
+LISTS = "ImageSets/Context/{}.txt"  # the ids of a split, train or val
 
 # ------------------------------------------------------------------------------------------- the maps on disk
 
@@ -213,30 +92,39 @@ PART_OF = {name: index for index, names in enumerate((
     "llarm rlarm lhand rhand", "luleg ruleg", "llleg rlleg lfoot rfoot"), 1) for name in names.split()}
 
 
+def eight_bits(image):
+    """An image of Pillow's with 8 bits a channel: 16 are scaled. Raises Fault for other depths."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise Fault("range", f"holds {values.dtype} numbers up to {values.max():g}: expected 8 or 16 bits")
+        image = Image.fromarray((values // 257).astype(np.uint8))
+    return image
+
+
 def decode_image(path, size):
     with Image.open(path) as image:
-        return np.array(image.convert("RGB")).transpose(2, 0, 1)                         # (3, H, W)
+        return np.array(eight_bits(image).convert("RGB")).transpose(2, 0, 1)             # (3, H, W)
 
 
 def decode_normals(path, size):
-    with Image.open(path) as image:  # it may have a size of its own
-        return np.array(image.convert("RGB").resize(size, Image.BILINEAR)).transpose(2, 0, 1)  # (3, H, W)
+    with open_png(path) as image:  # it may have a size of its own
+        image = eight_bits(image).convert("RGB").resize(size, Image.BILINEAR)
+        return np.array(image).transpose(2, 0, 1)                                        # (3, H, W)
 
 
 def decode_saliency(path, size):
-    with Image.open(path) as image:  # this one, too
-        return np.asarray(image.convert("L").resize(size, Image.NEAREST))[None] > 127    # (1, H, W)
+    with open_png(path) as image:  # this one, too
+        return np.asarray(eight_bits(image).convert("L").resize(size, Image.NEAREST))[None] > 127  # (1, H, W)
 
 
 def decode_semseg(path, size):
     # a palettised PNG gives its indices, not its colours
-    with Image.open(path) as image:
+    with open_png(path) as image:
         classes = np.asarray(image)
     if classes.ndim != 2:
         raise Fault("range", "has colours: expected one channel of class numbers")
-    number = TASKS["semseg"].channels
-    _expect((classes < number) | (classes == IGNORE), classes, f"0 to {number - 1}, or {IGNORE}")
-    return classes[None]                                                                 # (1, H, W)
+    return whole_numbers(classes, TASKS["semseg"].channels - 1, IGNORE)[None]            # (1, H, W)
 
 
 def decode_parts(path, size):
@@ -250,14 +138,36 @@ def decode_parts(path, size):
 
 
 def decode_labelmap(path, size):
-    labels = scipy.io.loadmat(path)["LabelMap"].astype(np.int32)
-    _expect((labels >= 0) & (labels <= CONTEXT_CLASSES), labels, f"0 to {CONTEXT_CLASSES}")
+    labels = whole_numbers(scipy.io.loadmat(path)["LabelMap"], CONTEXT_CLASSES)
     return np.stack([labels & 255, labels >> 8])                                         # (2, H, W)
 
 
-def _expect(good, values, expected):
+def open_png(path):
+    """An open image of Pillow's, which takes a PNG whose rows end too early for one that is black there."""
+    data = Path(path).read_bytes()
+    if data[1:4] == b"PNG":
+        width, height, depth, colours, *_, interlaced = struct.unpack(">IIBBBBB", data[16:29])
+        packed, at = b"", 8
+        while at + 8 <= len(data):
+            length, kind = struct.unpack(">I4s", data[at:at + 8])
+            packed += data[at + 8:at + 8 + length] if kind == b"IDAT" else b""
+            at += 12 + length
+        bits = width * depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colours]
+        if not interlaced and len(zlib.decompressobj().decompress(packed)) < height * (1 + (bits + 7) // 8):
+            raise Fault("unreadable", "ends within its rows: replace the file by a good copy")
+    return Image.open(path)
+
+
+def whole_numbers(values, most, other=0):
+    """The values as int32. Raises Fault where one is neither a whole number from 0 to `most` nor `other`."""
+    if values.dtype.kind not in "buif":
+        raise Fault("range", f"holds {values.dtype} numbers: expected whole ones")
+    with np.errstate(invalid="ignore"):  # NaN
+        good = (values == values.astype(np.int32)) & (values >= 0) & (values <= most) | (values == other)
     if not good.all():
-        raise Fault("range", f"holds the value {values[~good][0]}: expected {expected}")
+        also = f", or {other}" if other else ""
+        raise Fault("range", f"holds the value {values[~good][0]}: expected 0 to {most}{also}")
+    return values.astype(np.int32)
 
 
 class Map(NamedTuple):
@@ -276,12 +186,18 @@ MAPS = {
     "human_parts": Map(1, ("human_parts/{}.mat",), decode_parts),
     "labelmap": Map(2, ("pascal-context/trainval/{}.mat",), decode_labelmap),
 }
-# edges come from the labelmap; a map of a task that isn't in TASKS is not read
-MAPS = {name: map for name, map in MAPS.items() if name in ("image", "labelmap", *TASKS)}
-PLANES, START = 0, {}  # bytes of a pixel in all, and each map's first plane
-for _name, _map in MAPS.items():
-    START[_name] = PLANES
-    PLANES += _map.planes
+
+
+def maps_of(tasks):
+    """The names of the maps that these tasks need, in the order of their planes: the image first."""
+    needed = {"image"}.union(*(TASKS[task].maps for task in tasks))
+    return tuple(name for name in MAPS if name in needed)
+
+
+def pick(planes, name, maps):
+    """The planes of the map `name`. planes (..., all of `maps`, H, W) → (..., of this one, H, W)."""
+    start = sum(MAPS[other].planes for other in maps[:maps.index(name)])
+    return planes[..., start:start + MAPS[name].planes, :, :]
 
 
 def find(root, name, id):
@@ -301,31 +217,23 @@ def read_map(root, name, id, size):
     Raises Fault, which names the file, where it is missing, cannot be read, or has the wrong size or values.
     """
     path = find(root, name, id)
-    try:
-        planes = MAPS[name].decode(path, size)
-    except Fault as fault:
-        raise Fault(fault.kind, f"{path} {fault}") from None
-    except Exception as error:  # whatever Pillow and scipy raise on a broken file
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
-        raise Fault("unreadable", f"cannot read {path} ({reason}): replace the file by a good copy") from None
+    with reading(path):
+        planes = MAPS[name].decode(path, size).astype(np.uint8)
     if size and planes.shape[1:] != size[::-1]:
         raise Fault("size", f"{path} is {planes.shape[2]}×{planes.shape[1]}: expected its image's "
                             f"{size[0]}×{size[1]}")
     return planes
 
 
-def read_planes(root, id, image=None):
-    """All maps of image `id` from their files (`image`, (3, H, W), where given): (PLANES, H, W) bytes."""
+def read_planes(root, id, maps, image=None):
+    """These maps of image `id` from their files (`image`, (3, H, W), where given): (planes, H, W) bytes."""
     if image is None:
         image = read_map(root, "image", id, None)
     size = image.shape[:0:-1]
-    rest = [read_map(root, name, id, size) for name in MAPS if name != "image"]
-    return np.concatenate([image, *rest], dtype=np.uint8, casting="unsafe")              # (PLANES, H, W)
+    return np.concatenate([image, *(read_map(root, name, id, size) for name in maps if name != "image")])
 
 
-def pick(planes, name):
-    """One map's planes. planes (..., PLANES, H, W) → (..., planes, H, W)."""
-    return planes[..., START[name]:START[name] + MAPS[name].planes, :, :]
+# -------------------------------------------------------------------------------------------- the ground truth
 
 
 def boundaries(labels):
@@ -388,33 +296,41 @@ def unit(x, dim=1):
     return x * (x.square().sum(dim, keepdim=True) + 1e-24).rsqrt()
 
 
-def targets(planes, inside=None, passes=None):
-    """The ground truth of all tasks from the planes of the maps, at their size, on their device.
+def labels_of(planes, maps):
+    """The LabelMap of planes (B, planes, H, W): (B, H, W) int16."""
+    low, high = pick(planes, "labelmap", maps).short().unbind(1)
+    return low + 256 * high
 
-    planes (B, PLANES, H, W) uint8 · inside (B, H, W) bool: where there is ground truth at all · passes: see
-    `thin`. Returns {task: int64 (B, H, W), where IGNORE marks no ground truth; normals: float (B, 3, H, W),
-    there zero}.
+
+def targets(planes, tasks=TASKS, inside=None, passes=None):
+    """The ground truth of these tasks from the planes of their maps, at their size, on their device.
+
+    planes (B, planes of `maps_of(tasks)`, H, W) uint8 · inside (B, H, W) bool: where there is ground truth at
+    all · passes: see `thin`. Returns {task: int64 (B, H, W), where IGNORE marks no ground truth; normals:
+    float (B, 3, H, W), there zero}.
     """
-    low, high = pick(planes, "labelmap").short().unbind(1)
-    labels = low + 256 * high                                                            # (B, H, W) int16
+    maps = maps_of(tasks)
     if inside is None:
-        inside = torch.ones_like(labels, dtype=torch.bool)
-    # a map of one plane is the truth of its task
-    plain = [task for task in TASKS if task in MAPS and MAPS[task].planes == 1]
-    maps = {task: pick(planes, task)[:, 0].long() for task in plain}
-    maps["edge"] = thin(boundaries(labels), passes).long()
-    maps = {name: x.masked_fill(~inside, IGNORE) for name, x in maps.items()}
-    if "human_parts" in maps:  # an image without people says nothing about parts
-        parts = maps["human_parts"]
-        people = ((parts > 0) & (parts != IGNORE)).flatten(1).any(1)                     # (B,)
-        maps["human_parts"] = parts.masked_fill(~people[:, None, None], IGNORE)
-    if "normals" in MAPS:
-        known = torch.zeros(CONTEXT_CLASSES + 1, dtype=torch.bool)
-        known[list(VALID_NORMALS)] = True
-        # a table takes a quarter of the time of torch.isin
-        valid = inside & known.to(labels.device, non_blocking=True)[labels.int()]
-        maps["normals"] = unit(pick(planes, "normals") / 127.5 - 1) * valid[:, None]
-    return {task: maps[task] for task in TASKS}
+        inside = torch.ones_like(planes[:, 0], dtype=torch.bool)
+    labels = labels_of(planes, maps) if "labelmap" in maps else None
+    truth = {}
+    for task in tasks:
+        if task == "normals":
+            known = torch.zeros(CONTEXT_CLASSES + 1, dtype=torch.bool)
+            known[list(VALID_NORMALS)] = True
+            # a table takes a quarter of the time of torch.isin
+            valid = inside & known.to(labels.device, non_blocking=True)[labels.int()]
+            truth[task] = unit(pick(planes, "normals", maps) / 127.5 - 1) * valid[:, None]
+            continue
+        if task == "edge":
+            classes = thin(boundaries(labels), passes).long()
+        else:  # the truth is the map
+            classes = pick(planes, task, maps)[:, 0].long()
+        truth[task] = classes.masked_fill(~inside, IGNORE)
+        if task == "human_parts":  # an image without people says nothing about parts
+            people = (truth[task] % IGNORE > 0).flatten(1).any(1)                        # (B,)
+            truth[task] = truth[task].masked_fill(~people[:, None, None], IGNORE)
+    return truth
 
 
 # --------------------------------------------------------------------------------------- a split, and batches
@@ -453,11 +369,8 @@ def locate(root):
 def read_ids(root, split):
     """The ids of a split, in the order of its list. Raises UserError for a list that cannot be trusted."""
     path = locate(root) / LISTS.format(split)
-    try:
+    with reading(path, "expected one image id a line"):
         ids = path.read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} ({type(error).__name__}): "
-                        "expected one image id a line") from None
     for id in ids:
         if not re.fullmatch(r"\w[\w.-]*", id):
             raise UserError(f"{path} holds the id {id!r}: expected letters, digits, _ . - and no path")
@@ -470,16 +383,17 @@ def read_ids(root, split):
 
 
 class PascalContext:
-    """One split of a data set in PASCAL-Context's layout.
+    """One split of a data set in PASCAL-Context's layout, with the maps that `tasks` need.
 
     `dataset[i]` is (image (3, H, W) uint8, {task: truth}) at native size, as the metrics want it;
     `dataset.canvases` is what `warp` makes batches of. `cache`: the folder that `build_cache` filled.
     """
 
-    def __init__(self, root, split, size, cache=None):
+    def __init__(self, root, split, size, tasks=TASKS, cache=None):
         self.root = locate(root)
         self.ids = read_ids(root, split)
         self.size = size  # S
+        self.tasks, self.maps = tuple(tasks), maps_of(tasks)
         self.cache = cache and Path(cache)
 
     def __len__(self):
@@ -487,34 +401,30 @@ class PascalContext:
 
     def __getitem__(self, i):
         planes = torch.from_numpy(self.planes(i))
-        return pick(planes, "image"), {task: truth[0] for task, truth in targets(planes[None]).items()}
+        truth = targets(planes[None], self.tasks)
+        return pick(planes, "image", self.maps), {task: x[0] for task, x in truth.items()}
 
     def planes(self, i):
-        """All maps of image i: (PLANES, H, W) bytes."""
+        """The maps of image i: (planes, H, W) bytes."""
         if self.cache is None:
-            return read_planes(self.root, self.ids[i])
-        return np.load(self.cache / f"{self.ids[i]}.npy")
+            return read_planes(self.root, self.ids[i], self.maps)
+        return np.concatenate([np.load(self.cache / name / f"{self.ids[i]}.npy") for name in self.maps])
 
     def canvas(self, indices):
-        """Images of any sizes in one tensor, (B, PLANES, H, W) bytes, and their own (H, W), (B, 2)."""
+        """Images of any sizes in one tensor, (B, planes, H, W) bytes, and their own (H, W), (B, 2)."""
         images = [self.planes(i) for i in indices]
         sizes = np.array([image.shape[1:] for image in images])
-        # torch would start threads of its own for this thread, and slow the training by a quarter
-        canvas = np.zeros((len(images), PLANES, *sizes.max(0)), np.uint8)
+        canvas = np.zeros((len(images), len(images[0]), *sizes.max(0)), np.uint8)
         for place, image in zip(canvas, images):
             place[:, :image.shape[1], :image.shape[2]] = image
         return torch.from_numpy(canvas), torch.from_numpy(sizes)
 
-    def canvases(self, plan, device, threads=2):
-        """`canvas` of each list of indices in `plan`, on the device: `threads` of them read ahead."""
-        def load(indices):
-            canvas = self.canvas(indices)
-            if torch.device(device).type == "cuda":  # copied from there, they don't hold up its work
-                canvas = [x.pin_memory() for x in canvas]
-            return [x.to(device, non_blocking=True) for x in canvas]
-
-        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-            yield from ahead(load, plan, pool, 2 * threads)
+    def canvases(self, plan, device, workers=0):
+        """`canvas` of each list of indices in `plan`, on the device; `workers` processes read ahead."""
+        loader = DataLoader(range(len(self)), batch_sampler=plan, collate_fn=self.canvas, num_workers=workers,
+                            pin_memory=torch.device(device).type == "cuda")
+        for canvas in loader:
+            yield [x.to(device, non_blocking=True) for x in canvas]
 
 
 def random_warps(number, generator):
@@ -527,75 +437,85 @@ def random_warps(number, generator):
     return mirror @ rotate / (0.75 + 0.5 * scale).view(-1, 1, 1)
 
 
-def warp(canvas, sizes, side, mean_std, matrices=None):
+def warp(canvas, sizes, side, mean_std, tasks=TASKS, target_to_source=None):
     """The network's input and its targets: one affine grid about the centre of each image for all maps.
 
-    canvas (B, PLANES, H, W) and sizes (B, 2) of `PascalContext.canvas` · matrices (B, 2, 2): they take an
-    offset (x, y) from the centre, in pixels, from the warped image back into the source; None is the
-    identity. → `Batch`.
+    canvas (B, planes, H, W) and sizes (B, 2) of `PascalContext.canvas` · target_to_source (B, 2, 2): takes an
+    offset (x, y) from the centre of the warped image, in pixels, into the source; None: the identity.
+    → `Batch`, S = side.
     """
-    matrices = torch.eye(2).expand(len(canvas), 2, 2) if matrices is None else matrices
-    turn = matrices / matrices.det().abs().sqrt()[:, None, None]  # without their scale
-    matrices, turn = (x.to(canvas.device, non_blocking=True) for x in (matrices, turn))
+    if target_to_source is None:
+        target_to_source = torch.eye(2).expand(len(canvas), 2, 2)
+    rotation = target_to_source / target_to_source.det().abs().sqrt()[:, None, None]  # or mirrored rotation
+    target_to_source, rotation = (x.to(canvas.device, non_blocking=True) for x in (target_to_source, rotation))
     size = sizes.flip(1)[:, None, None].float()  # (B, 1, 1, 2) width, height
     steps = (torch.arange(side, device=canvas.device) + 0.5) / side - 0.5
-    grid = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), -1)                  # (S, S, 2) x, y
-    source = grid * size @ matrices.mT[:, None] + size / 2  # (B, S, S, 2) in pixels
+    target = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), -1)                # (S, S, 2) x, y
+    source = target * size @ target_to_source.mT[:, None] + size / 2  # (B, S, S, 2) in pixels
     inside = ((source >= 0) & (source < size)).all(-1)                                   # (B, S, S)
     # nearest for what must not be mixed; beyond the border its last pixel goes on: no edge arises there
     x, y = source.floor().clamp(min=0).minimum(size - 1).long().unbind(-1)
     nearest = (y * canvas.shape[3] + x).flatten(1)[:, None]                              # (B, 1, S·S)
-    planes = canvas.flatten(2).gather(2, nearest.expand(-1, PLANES, -1)).unflatten(2, (side, side))
+    planes = canvas.flatten(2).gather(2, nearest.expand(-1, canvas.shape[1], -1)).unflatten(2, (side, side))
     # two passes thin a boundary two pixels wide, and no device need wait
-    truth = targets(planes, inside, passes=2)
+    truth = targets(planes, tasks, inside, passes=2)
     if "normals" in truth:  # they turn with their image: by the transposed matrix
-        truth["normals"][:, :2] = torch.einsum("bji,bjyx->biyx", turn, truth["normals"][:, :2])
-    whole = torch.tensor(canvas.shape[:1:-1]).to(canvas.device, non_blocking=True)
-    place = 2 * source.clamp(min=0.5).minimum(size - 0.5) / whole - 1
-    images = F.grid_sample(pick(canvas, "image").float(), place, align_corners=False)
+        truth["normals"][:, :2] = torch.einsum("bji,bjyx->biyx", rotation, truth["normals"][:, :2])
+    extent = torch.tensor(canvas.shape[:1:-1]).to(canvas.device, non_blocking=True)
+    grid = 2 * source.clamp(min=0.5).minimum(size - 0.5) / extent - 1  # as grid_sample has it, -1 … 1
+    images = F.grid_sample(pick(canvas, "image", maps_of(tasks)).float(), grid, align_corners=False)
     return Batch(normalise(images, mean_std), truth)
 
 
+def cached(path, source, planes):
+    """(H, W) of a map that the cache holds whole and newer than its source, else None."""
+    with contextlib.suppress(OSError, ValueError, EOFError):  # missing, cut, or no array
+        array = np.load(path, mmap_mode="r")
+        if array.dtype == np.uint8 and array.ndim == 3 and len(array) == planes:
+            return array.shape[1:] if path.stat().st_mtime >= source.stat().st_mtime else None
+
+
 def _cache_image(job):
-    root, id, folder = job
-    planes = read_planes(root, id)
-    write_atomically(folder / f"{id}.npy", lambda file: np.save(file, planes))
+    root, id, maps, folder = job
+    image = read_map(root, "image", id, None)
+    for name in maps:
+        planes = image if name == "image" else read_map(root, name, id, image.shape[:0:-1])
+        write_atomically(folder / name / f"{id}.npy", lambda file: np.save(file, planes))
 
 
-def build_cache(root, ids, cache=None):
-    """Parse the files of these images once, on all cores, into one array an image; return the folder.
+def build_cache(root, ids, tasks=TASKS, cache=None):
+    """Parse the files of these images once, on all cores, into one array a map and image; return the folder.
 
-    cache: where that folder lies, else inside the data set. What is there and newer than its sources stays,
-    so a build that was interrupted goes on. Raises UserError where a file is missing or broken, the folder
-    cannot be written, or the disk is too small.
+    cache: where that folder lies, else inside the data set. What is there, whole and newer than its source,
+    stays: a build that was interrupted goes on, and another task adds its maps. Raises UserError where a file
+    is missing or broken, the folder cannot be written, or the disk is too small.
     """
-    folder = Path(cache or Path(root) / "cache") / "-".join(MAPS)  # other maps, other planes
-    stale = []
+    folder, jobs, need = Path(cache or Path(root) / "cache"), [], 0
     for id in ids:
-        newest = max(find(root, name, id).stat().st_mtime for name in MAPS)
-        path = folder / f"{id}.npy"
-        if not path.is_file() or path.stat().st_mtime < newest:
-            stale.append(id)
-    if not stale:
+        held = {name: cached(folder / name / f"{id}.npy", find(root, name, id), MAPS[name].planes)
+                for name in maps_of(tasks)}
+        stale = list(held) if len({*held.values()} - {None}) > 1 else [n for n in held if held[n] is None]
+        if stale:
+            jobs.append((root, id, stale, folder))
+            with contextlib.suppress(Exception), Image.open(find(root, "image", id)) as image:
+                need += sum(MAPS[name].planes for name in stale) * image.width * image.height + 4096
+    if not jobs:
         return folder
-    pixels = 0
-    for id in stale:  # a broken image is named when its turn comes
-        with contextlib.suppress(OSError), Image.open(find(root, "image", id)) as image:
-            pixels += image.width * image.height
-    need = pixels * PLANES + 4096 * len(stale)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / ".writable", lambda file: None)
-        (folder / ".writable").unlink()
+        for name in maps_of(tasks):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            remove_leavings(folder / name)
+            write_atomically(folder / name / ".writable", lambda file: None)
+            (folder / name / ".writable").unlink()
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise UserError(f"cannot write the cache {folder} ({error.strerror}): "
                         "name another folder, --cache DIR") from None
-    print(f"cache      {len(stale)} images, {need / 1e6:,.0f} MB, into {folder}", flush=True)
+    print(f"cache      {len(jobs)} images, {need / 1e6:,.0f} MB, into {folder}", flush=True)
     if need > free:
         raise UserError(f"the cache needs {need / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free: "
                         "make room, or name a folder on another disk, --cache DIR")
-    collections.deque(parallel(_cache_image, [(root, id, folder) for id in stale], "cache"), maxlen=0)
+    collections.deque(parallel(_cache_image, jobs, "cache"), maxlen=0)
     return folder
 
 
@@ -606,7 +526,7 @@ def _examine(job):
     """One image: faults {map: Fault}, remarks, has parts, (sum, number) of channel 1 of floor normals."""
     root, id, quick = job
     faults, planes, size = {}, {}, None
-    for name in MAPS:
+    for name in maps_of(TASKS):
         try:
             if quick:
                 find(root, name, id)
@@ -616,25 +536,26 @@ def _examine(job):
         except Fault as fault:
             faults[name] = fault
             quick = quick or name == "image"  # without its size the others can only be looked for
-    if quick or faults:
-        return faults, [], False, (0.0, 0)
-    remarks = []
-    for name in MAPS:
+    remarks, down = [], np.zeros(0)
+    for name in planes:
         if MAPS[name].resized:
             with Image.open(find(root, name, id)) as image:
                 if image.size != size:
                     remarks.append(f"{name} of another size than its image (legal: resized)")
     people = "human_parts" in planes and bool(planes["human_parts"].any())
-    labels = planes["labelmap"][0] + 256 * planes["labelmap"][1]
-    if not labels.all():
-        remarks.append("LabelMap 0 somewhere, a class without a name")
-    down = planes["normals"][1][labels == FLOOR] / 127.5 - 1 if "normals" in planes else np.zeros(0)
+    if "labelmap" in planes:
+        labels = planes["labelmap"][0] + 256 * planes["labelmap"][1].astype(int)
+        if not labels.all():
+            remarks.append("LabelMap 0 somewhere, a class without a name")
+        if "normals" in planes:
+            down = planes["normals"][1][labels == FLOOR] / 127.5 - 1
     return faults, remarks, people, (float(down.sum()), down.size)
 
 
 def check(root, quick=False):
-    """Print what the data set holds and lacks; return whether a training could start, and the good images."""
-    faulty, good = False, []
+    """Print what the data set holds and lacks; return the tasks that it could train, and (split, id) of the
+    images that have all that these need."""
+    faulty, images = set(), []
     splits = {split: read_ids(root, split) for split in ("train", "val")}
     both = sorted(set(splits["train"]) & set(splits["val"]))
     if both:
@@ -642,48 +563,47 @@ def check(root, quick=False):
     heads = ("expected", "there", "missing", "unreadable", "wrong size", "bad values")
     print(f"{'split':6}{'kind':12}" + "".join(f"{head:>12}" for head in heads))
     for split, ids in splits.items():
-        counts = {name: collections.Counter() for name in MAPS}
+        counts = {name: collections.Counter() for name in maps_of(TASKS)}
         told, remarks = collections.defaultdict(list), collections.Counter()
         people, down, floor = 0, 0.0, 0
         jobs, what = [(root, id, quick) for id in ids], f"check {split}"
         found = progress(map(_examine, jobs), len(ids), what) if quick else parallel(_examine, jobs, what)
         for id, (faults, notes, parts, (total, number)) in zip(ids, found):
+            images.append((split, id, faults.keys()))
+            faulty |= faults.keys()
             for name, fault in faults.items():
                 counts[name][fault.kind] += 1
                 told[name, fault.kind].append((id, fault))
-            good += [(split, id)] if not faults else []
             remarks.update(notes)
             people, down, floor = people + parts, down + total, floor + number
         for name, n in counts.items():
             row = len(ids), len(ids) - n["missing"], n["missing"], n["unreadable"], n["size"], n["range"]
             print(f"{split:6}{name:12}" + "".join(f"{number:12}" for number in row))
         for (name, kind), cases in told.items():
-            faulty = True
             where = f": {cases[0][1]}"
             if kind == "missing":
                 where = f"; they belong at {' or '.join(MAPS[name].files)}"
             print(f"  {name}, {kind}: {', '.join(id for id, _ in cases[:3])}{where}")
         for remark, n in remarks.items():
             print(f"  remark: {n} images with {remark}")
-        examined = 0 if quick else sum(one == split for one, _ in good)
-        if examined:
-            print(f"  {people / examined:.0%} of the images have human parts")
+        if not quick:
+            print(f"  {people / len(ids):.0%} of the images have human parts")
         if floor:
             sign = ("as expected" if down < 0 else "UPSIDE DOWN: floors should look up; negate channel 1 in "
                     "decode_normals and delete the cache")
             print(f"  floor normals: mean of channel 1 is {down / floor:+.2f}, {sign}")
-    return not faulty and not both, good
+    tasks = [task for task in TASKS if not both and not faulty & set(maps_of([task]))]
+    return tasks, [(split, id) for split, id, faults in images if not faults & set(maps_of(tasks))]
 
 
-def draw_contact(root, images, path):
-    """8 images of the data set, spread over `images` (pairs of split and id), with all their targets."""
-    rows = []
+def draw_contact(root, images, tasks, path):
+    """8 images of the data set, spread over `images` (pairs of split and id), with the targets of `tasks`."""
+    rows, maps = [], maps_of(tasks)
     for split, id in images[::max(1, len(images) // 8)][:8]:
-        planes = torch.from_numpy(read_planes(root, id))
-        truth = {task: x[0].numpy() for task, x in targets(planes[None]).items()}
-        painted = [paint(row, truth[task]) for task, row in TASKS.items()]
-        rows.append([planes[:3].permute(1, 2, 0).numpy(), *painted])
-    sheet(rows, ["image", *TASKS], path=path)
+        planes = torch.from_numpy(read_planes(root, id, maps))
+        painted = [paint(TASKS[task], x[0].numpy()) for task, x in targets(planes[None], tasks).items()]
+        rows.append([pick(planes, "image", maps).permute(1, 2, 0).numpy(), *painted])
+    sheet(rows, ["image", *tasks], path=path)
 
 
 # --------------------------------------------------------------------------------------------------- pictures
@@ -759,11 +679,203 @@ def sheet(rows, titles=(), legend=(), labels=(), cell=180, frame="silver", path=
         x = indent if colour is None else x + wide
     canvas = canvas.crop((0, 0, width, y + line + gap))
     if path:
-        canvas.save(path, optimize=True)
+        write_atomically(path, lambda file: canvas.save(file, "PNG", optimize=True))
     return canvas
+
+# ------------------------------------------------------------------------------------ how the commands behave
+
+
+class UserError(Exception):
+    """Something the user can mend: the commands print it as one line and exit with code 2."""
+
+
+class Fault(UserError):
+    """A file that cannot be used. kind: missing, unreadable, size or range."""
+
+    def __init__(self, kind, message):
+        super().__init__(kind, message)
+        self.kind = kind
+
+    def __str__(self):
+        return self.args[1]
+
+
+@contextlib.contextmanager
+def reading(path, advice="replace the file by a good copy"):
+    """Whatever a reader raises inside becomes one Fault, which names the file, the reason and the way out."""
+    try:
+        yield
+    except Fault as fault:
+        raise Fault(fault.kind, f"{path} {fault}") from None
+    except Exception as error:  # Pillow, scipy and json raise nearly anything on a broken file
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        raise Fault("unreadable", f"cannot read {path} ({reason}): {advice}") from None
+
+
+def write_atomically(path, write):
+    """`write(file)` into a temporary file and rename it: `path` is whole or as it was, at any moment."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except RuntimeError as error:  # torch.save's on a full disk
+        raise UserError(f"cannot write {path} ({str(error).splitlines()[0]}): make room on the disk") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    write_atomically(path, lambda file: file.write(json.dumps(value, allow_nan=False).encode()))
+
+
+def remove_leavings(folder):
+    """Delete the temporary files of `write_atomically` whose process was killed."""
+    for path in Path(folder).glob(".*.tmp"):
+        with contextlib.suppress(ValueError, PermissionError):  # no number, or another user's process
+            try:
+                if os.name == "posix":
+                    os.kill(int(path.name.split(".")[-2]), 0)  # 0: only asks whether it lives
+            except (ProcessLookupError, OverflowError):
+                path.unlink(missing_ok=True)
+
+
+def pick_device(name=None, index=0):
+    """The device that a command runs on. Raises UserError for one that isn't there."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name, index) if name == "cuda" else torch.device(name)
+        torch.empty(1, device=device).item()
+        return device
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"no device {name} here: expected cpu, or cuda where torch has it") from None
+
+
+def has_bfloat16(device):
+    """Whether the device computes bfloat16 by itself: GPUs from compute capability 8.0 on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def autocast(device):
+    """bfloat16 on a GPU that has it, else the precision of the weights."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
+
+
+def command(parser, job, argv=None):
+    """Parse the command line and do the job; whatever the user got wrong ends in one line and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # ↑, Δ, × and ° where the encoding lacks them
+            stream.reconfigure(errors="replace")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.error = lambda message: parser.exit(2, f"error: {' '.join(message.split())}\n")
+    args = parser.parse_args(argv)
+    listen()
+    try:
+        return job(args)
+    except UserError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        listen(once_more=False)
+        parser.exit(130, "\ninterrupted; the same command goes on or starts again\n")
+    except BrokenPipeError:  # of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except concurrent.futures.BrokenExecutor:
+        parser.error("a worker process was killed, most likely for want of memory: free some and start again")
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        parser.error(f"out of memory ({error}): add --checkpointing, lower --micro-batch (train.py) or --size")
+    except OSError as error:  # a full disk, a folder that cannot be written
+        parser.error(f"{error.filename or 'a file'}: "
+                     f"{error.strerror or error}; mend that or name another path")
+
+
+def listen(once_more=True):
+    """Hear every Ctrl-C: Python drops an exception that is raised while it destroys an object, a generator
+    for one, so it is raised again each second until `command` has caught it. After that none is heard."""
+    def interrupt(*_):
+        if hasattr(signal, "setitimer"):  # not on Windows
+            signal.setitimer(signal.ITIMER_REAL, 1)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, interrupt if once_more else signal.SIG_IGN)
+        if hasattr(signal, "setitimer"):
+            signal.signal(signal.SIGALRM, interrupt)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def progress(items, total, what):
+    """Pass `items` on, showing on a terminal how many of `total` have come and how long it will take."""
+    start = time.time()
+    for n, item in enumerate(items, 1):
+        yield item
+        if sys.stderr.isatty():
+            left = duration((time.time() - start) / n * (total - n))
+            bar = "█" * (24 * n // total)
+            end = "\n" if n == total else ""
+            print(f"\r{what:12}{n:6}/{total} {bar:24} {left} left", end=end, file=sys.stderr, flush=True)
+
+
+def duration(seconds):
+    """Seconds as h:mm:ss."""
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+
+def cores():
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _start_worker():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent alone
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+    multiprocessing.parent_process().join()  # a parent that is killed cannot end its workers
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def workers():
+    """A pool of processes, one a core; spawned, since a fork would inherit torch's threads half alive."""
+    for library in ("OMP", "OPENBLAS", "MKL"):
+        os.environ.setdefault(f"{library}_NUM_THREADS", "1")  # read by those who start now
+    pool = concurrent.futures.ProcessPoolExecutor(cores(), multiprocessing.get_context("spawn"),
+                                                  initializer=_start_worker)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an error nobody waits for what is queued
+
+
+def ahead(function, items, pool, depth=8):
+    """`function` of every item, in order, worked out by `pool` at most `depth` items ahead."""
+    futures = collections.deque()
+    for item in items:
+        futures.append(pool.submit(function, item))
+        if len(futures) > depth:
+            yield futures.popleft().result()
+    while futures:
+        yield futures.popleft().result()
+
+
+def parallel(function, items, what):
+    """`function` of every item, in order, with a progress bar; on all cores where that pays."""
+    if len(items) < 48:
+        yield from progress(map(function, items), len(items), what)
+    else:
+        with workers() as pool:
+            yield from progress(ahead(function, items, pool, 64), len(items), what)
 
 
 # --------------------------------------------------------------------------------------------- the demo world
+
+DEMO = {"train": 1000, "val": 200, "size": 160}  # the demo made unasked: images, and their longest side
 
 # Each thing: VOC class (0: none), PASCAL-Context id, solids. Front is +x, left +z; ± is one on each side. A
 # solid: its shape, paint (/part), then x y z, height, half-width, half-depth; or, if it does not stand
@@ -1056,7 +1168,7 @@ def make_demo(root, train=DEMO["train"], val=DEMO["val"], size=DEMO["size"]):
     if root.exists():
         raise UserError(f"{root} exists: name a folder that doesn't, or delete it")
     partial = root.with_name(f"{root.name}.partial")
-    for file in (LISTS, "ImageSets/Parts/{}.txt", *(file for map in MAPS.values() for file in map.files)):
+    for file in (LISTS, "ImageSets/Parts/{}.txt", *(file for kind in MAPS.values() for file in kind.files)):
         (partial / file).parent.mkdir(parents=True, exist_ok=True)
     shapes = ((3, 4), (4, 3), (2, 3), (5, 4), (3, 4), (4, 5), (9, 16), (1, 1))
     jobs = []
@@ -1070,7 +1182,6 @@ def make_demo(root, train=DEMO["train"], val=DEMO["val"], size=DEMO["size"]):
         (partial / f"ImageSets/Parts/{split}.txt").write_text(json.dumps(parts))
     write_json(partial / "demo.json", {"train": train, "val": val, "size": size})
     partial.rename(root)
-
 
 # --------------------------------------------------------------------------------------------- python data.py
 
@@ -1089,17 +1200,20 @@ def run(args):
     root = Path(args.root)
     if args.make or (args.root == "demo" and not root.exists()):
         train, val = args.make or (DEMO["train"], DEMO["val"])
-        if min(train, val) < 1 or not 32 <= args.size <= 4096:
+        if not (1 <= train <= 10**6 and 1 <= val <= 10**6 and 32 <= args.size <= 4096):
             raise UserError(f"--make {train} {val} --size {args.size}: "
                             "expected 1 image or more, 32 to 4096 pixels")
         make_demo(root, train, val, args.size)
-    fine, good = check(locate(root), args.quick)
-    if good and not args.quick:
+    tasks, good = check(locate(root), args.quick)
+    if good and tasks and not args.quick:
         path = f"contact_{root.resolve().name}.png"
-        draw_contact(root, good, path)
+        draw_contact(root, good, tasks, path)
         print(f"drawn: {path}")
-    print("a training could start" if fine else "a training could not start: mend what is listed above")
-    return 0 if fine else 1
+    if len(tasks) == len(TASKS):
+        return print("a training could start")
+    print(f"a training could start with --tasks {','.join(tasks)}: all that these need is whole" if tasks else
+          "a training could not start: mend what is listed above")
+    return 1
 
 
 if __name__ == "__main__":

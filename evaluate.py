@@ -38,28 +38,6 @@ import data
 from data import IGNORE, TASKS, UserError, legend_of, paint, removable, sheet, thin
 
 
-def pick_device(name=None, index=0):
-    """The device that a command runs on. Raises UserError for one that isn't there, or holds no numbers."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name, index) if name == "cuda" else torch.device(name)
-        torch.ones(1, device=device).item()
-        return device
-    except Exception:  # torch raises many kinds for what it knows by name only
-        raise UserError(f"no device {name} here: expected cpu, or cuda where torch has it") from None
-
-
-def precision(device):
-    """bfloat16 on a GPU that computes it natively (compute capability 8.0 on), else float32."""
-    native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.bfloat16 if native else torch.float32
-
-
-def autocast(device):
-    """The forward pass in `precision`; the weights stay what they are."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision(device) == torch.bfloat16)
-
-
 # ----------------------------------------------------------------------------------------------------- losses
 
 
@@ -370,10 +348,9 @@ def ods_f(counts):
     return float(100 * (2 * matched / (predicted + truth)).max())
 
 
-def seism_edges(target, planes):
+def seism_edges(target, labels):
     """The truth of odsF, which training does not have: one line around all labels, ignored nowhere."""
-    low, high = data.pick(planes, "labelmap").astype(np.int32)
-    return thin(seg2bmap(low + 256 * high))                                              # (H, W) bool
+    return thin(seg2bmap(labels))                                                        # (H, W) bool
 
 
 class Metric(NamedTuple):
@@ -382,7 +359,7 @@ class Metric(NamedTuple):
     measure: Callable  # (prediction, truth, channels, protocol) → numbers that add up over images
     value: Callable    # their sum → the metric
     constant: tuple    # the raw output that knows nothing: the first channels', the others are 0
-    truth: Callable = lambda target, planes: target  # what `measure` gets, from what training learns from
+    truth: Callable = lambda target, labels: target  # what `measure` gets: from training's and the LabelMap
 
 
 METRICS = {
@@ -428,7 +405,7 @@ def predict(model, image, mean_std, device):
     """
     side = model.config.image
     x = F.interpolate(torch.from_numpy(image)[None].to(device).float(), (side, side), mode="bilinear")
-    with autocast(device):
+    with data.autocast(device):
         predictions, _ = model.eval()(data.normalise(x, mean_std))
     return {task: metric_of(task).squash(p[0].float()).cpu().numpy() for task, p in predictions.items()}
 
@@ -436,10 +413,12 @@ def predict(model, image, mean_std, device):
 def read_truth(root, id, tasks, image=None):
     """An image (3, H, W) uint8 and the truth its predictions are judged against and drawn beside, {task: (H, W)
     or (3, H, W)}, from the files of these tasks (`image`, where given, is not read again)."""
-    planes = data.read_planes(root, id, image)
-    targets = data.targets(torch.from_numpy(planes)[None])
-    truth = {task: metric_of(task).truth(targets[task][0].numpy(), planes) for task in tasks}
-    return data.pick(planes, "image"), truth
+    maps = data.maps_of(tasks)
+    planes = torch.from_numpy(data.read_planes(root, id, maps, image))
+    targets = data.targets(planes[None], tasks)
+    labels = data.labels_of(planes[None], maps)[0].numpy() if "labelmap" in maps else None
+    truth = {task: metric_of(task).truth(targets[task][0].numpy(), labels) for task in tasks}
+    return data.pick(planes, "image", maps).numpy(), truth
 
 
 def _judge(job):
@@ -602,7 +581,7 @@ def judge_run(run, args, device):
     root = Path(args.data or run.settings["data"])
     if not args.data and not root.exists():
         raise UserError(f"{run.folder} was trained on {root}, which is not there: name it, --data DIR")
-    dataset = data.PascalContext(root, "val", run.config.image)
+    dataset = data.PascalContext(root, "val", run.config.image, run.config.tasks)
     if args.ids:
         dataset.ids = select_ids(dataset.ids, args.ids)
     protocol, file = Protocol(not args.no_nms, args.thresholds), file_of(run, dataset, args)
@@ -964,7 +943,7 @@ def main(argv=None):
 
 
 def run(args):
-    device = pick_device(args.device)
+    device = data.pick_device(args.device)
     photos = [Path(p) for p in args.paths if Path(p).is_file()]
     folders = [Path(p) for p in args.paths if Path(p) not in photos]
     early = [f for f in folders if f.is_dir() and not (f / "checkpoint.pt").is_file()]

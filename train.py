@@ -22,6 +22,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from dataclasses import asdict
@@ -29,9 +30,10 @@ from datetime import timedelta
 from pathlib import Path
 
 try:
+    import fcntl
     import resource
-except ImportError:  # there is none on Windows
-    resource = None
+except ImportError:  # there are none on Windows
+    fcntl = resource = None
 
 import torch
 import torch.distributed as dist
@@ -63,6 +65,21 @@ def learning_rate(step, steps, peak):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
+def parameter_groups(model, pretrained):
+    """The optimiser's groups, [{"params", "share", "weight_decay"}]; share: of the learning rate.
+
+    Weight decay acts on matrices, as in nanoGPT: not on biases and norms, nor on what a task's embedding is.
+    """
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            share = PRETRAINED_LR if pretrained and ase.part(name) == "backbone" else 1.0
+            decays = parameter.dim() >= 2 and ase.part(name) != "embeddings"
+            groups.setdefault((share, WEIGHT_DECAY if decays else 0.0), []).append(parameter)
+    return [{"params": parameters, "share": share, "weight_decay": decay}
+            for (share, decay), parameters in groups.items()]
+
+
 def shuffle(number, epoch, seed):
     """Order and augmentation of an epoch's images, the same on any number of processes."""
     generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
@@ -81,17 +98,23 @@ def first(rank):
 
 def train(settings, args, rank, world, device):
     root, out, config = Path(settings["data"]), Path(args.out), ase.Config(**settings["model"])
-    checkpoint = resume(out, settings)
+    checkpoint = resume(out, settings, args)
     if checkpoint and checkpoint["epoch"] == settings["epochs"]:
-        return print(f"{out} is finished, {settings['epochs']} epochs: python evaluate.py {out}")
+        return print(f"{out} is finished, {settings['epochs']} epochs; {next_step(out)}")
+    if rank == 0:
+        if not checkpoint and (out / "config.json").exists():
+            print(f"{out} held a run without a checkpoint: it starts again")
+        data.write_json(out / "config.json", settings)
 
     # -- the data
     with first(rank):
         prepare(settings, args, device)
-        splits = {split: data.PascalContext(root, split, config.image) for split in ("train", "val")}
+        splits = {split: data.PascalContext(root, split, config.image, config.tasks)
+                  for split in ("train", "val")}
         splits["val"].ids = splits["val"].ids[::-(-len(splits["val"]) // settings["val_subset"])]
         for dataset in splits.values():
-            dataset.cache = data.build_cache(root, dataset.ids, args.cache)
+            dataset.cache = data.build_cache(root, dataset.ids, config.tasks, args.cache)
+    workers = args.workers if args.workers is not None else 4 if device.type == "cuda" else 0
     batch = settings["batch"]
     steps = len(splits["train"]) // batch                                                # in an epoch
 
@@ -100,12 +123,10 @@ def train(settings, args, rank, world, device):
     model = ase.ASE(config).to(device)
     model.checkpointing = args.checkpointing
     pretrained = settings["weights"] != "none"
-    loaded = ase.load_backbone(model, settings["weights"]) if pretrained else "random weights"
-    groups = [{"params": [], "share": 1.0}, {"params": [], "share": PRETRAINED_LR}]
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups[pretrained and ase.part(name) == "backbone"]["params"].append(parameter)
-    optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY, fused=True)
+    loaded = "random weights"
+    if pretrained:
+        loaded = ase.load_backbone(model, args.pretrained or settings["weights"])
+    optimizer = torch.optim.AdamW(parameter_groups(model, pretrained), fused=True)
     start = 0
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
@@ -115,12 +136,9 @@ def train(settings, args, rank, world, device):
     if world > 1:
         network = DistributedDataParallel(network)
     weights = {task: TASKS[task].weight if len(config.tasks) > 1 else 1 for task in config.tasks}
-    if rank == 0 and not checkpoint:
-        out.mkdir(parents=True, exist_ok=True)
-        data.write_json(out / "config.json", settings)
     del checkpoint  # as large as the model
-    log = Log(out, settings, start, steps, rank)
-    log.header(config, model, splits, loaded)
+    log = Log(out, settings, args, start, steps, rank)
+    log.header(config, model, splits, loaded, device)
 
     # -- the loop
     for epoch in range(start, settings["epochs"]):
@@ -129,7 +147,7 @@ def train(settings, args, rank, world, device):
         mine = [order[n * batch:(n + 1) * batch][rank::world] for n in range(steps)]
         micro = args.micro_batch or len(mine[0])
         plan = [[share[i:i + micro] for i in range(0, len(share), micro)] for share in mine]
-        loader = splits["train"].canvases([m for share in plan for m in share], device, args.workers)
+        loader = splits["train"].canvases([m for share in plan for m in share], device, workers)
         network.train()
         for n, share in enumerate(plan):
             step = epoch * steps + n
@@ -139,17 +157,17 @@ def train(settings, args, rank, world, device):
             torch.manual_seed(settings["seed"] * 1_000_003 + step * world + rank)        # the routers' noise
             canvases = list(itertools.islice(loader, len(share)))
             log.lap("waiting for data")
-            parts = [data.warp(*canvas, config.image, settings["mean_std"], warps[indices])
+            parts = [data.warp(*canvas, config.image, settings["mean_std"], config.tasks, warps[indices])
                      for canvas, indices in zip(canvases, share)]
             log.lap("augmentation")
             # losses divide by the pixels of the whole batch, wherever its images are
-            counts = sum(evaluate.count_pixels({t: part.targets[t] for t in weights}) for part in parts)
+            counts = sum(evaluate.count_pixels(part.targets) for part in parts)
             if world > 1:
                 dist.all_reduce(counts)
             for m, part in enumerate(parts):
                 alone = contextlib.nullcontext() if world == 1 or m == len(parts) - 1 else network.no_sync()
                 with alone:
-                    with evaluate.autocast(device):
+                    with data.autocast(device):
                         predictions, routing = network(part.images)
                     log.lap("forward")
                     losses = evaluate.losses(predictions, part.targets, counts)
@@ -159,14 +177,14 @@ def train(settings, args, rank, world, device):
                     loss = loss - settings["mi"] * information.sum() * len(part.images) / batch
                     (loss * world).backward()  # processes are averaged
                     log.lap("losses, backward")
-                log.add(losses, routing, information, len(part.images) / batch)
+                log.add(losses)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             log.lap("optimiser")
             log.step(step, lr, norm)
-        val = validate(model, splits["val"], settings, args.workers, rank, world)
-        log.epoch(epoch, val, config.shared)
+        val, routing = validate(model, splits["val"], settings, workers, rank, world)
+        log.epoch(epoch, val, routing, config.shared)
         if rank == 0:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}
             data.write_atomically(out / "checkpoint.pt", lambda file: torch.save(state, file))
@@ -177,8 +195,8 @@ def train(settings, args, rank, world, device):
 class Log:
     """What a training tells: a line every LOG_EVERY steps and every epoch, and log.jsonl with all of it."""
 
-    def __init__(self, out, settings, start, steps, rank):
-        self.path, self.rank = out / "log.jsonl", rank
+    def __init__(self, out, settings, args, start, steps, rank):
+        self.path, self.args, self.rank, self.peak = out / "log.jsonl", args, rank, settings["lr"]
         self.epochs, self.steps, self.batch = settings["epochs"], steps, settings["batch"]
         self.first_step = start * steps
         if rank == 0:
@@ -188,13 +206,13 @@ class Log:
         self.begin = self.mark = self.last = time.time()
         self.stages = collections.Counter()
         self.tasks = list(settings["model"]["tasks"])
-        self.losses, self.recent, self.routing = 0, [], {}
+        self.losses, self.recent = 0, []
 
     def write(self, record):
         with open(self.path, "ab") as file:
             file.write(_line(record))
 
-    def header(self, config, model, splits, loaded):
+    def header(self, config, model, splits, loaded, device):
         if self.rank:
             return
         total, trained = (sum(n[i] for n in ase.count(model).values()) / 1e6 for i in (0, 1))
@@ -206,7 +224,8 @@ class Log:
         print(f"weights    {loaded}")
         print(f"data       {splits['train'].root}: {len(splits['train'])} images in {self.steps} steps an "
               "epoch; "
-              f"validation losses on {len(splits['val'])}\n")
+              f"validation losses on {len(splits['val'])}")
+        print(f"device     {device}, {'bfloat16' if data.has_bfloat16(device) else 'float32'}\n")
         print(f"{'done':>5}{'step':>8}" + "".join(f"{task:>12}" for task in config.tasks)
               + f"{'lr':>10}{'images/s':>10}{'left':>9}", flush=True)
 
@@ -216,15 +235,12 @@ class Log:
         self.stages[stage] += now - self.last
         self.last = now
 
-    def add(self, losses, routing, information, share):
-        """Add up what a micro-batch brought, `share` of the effective one; no wait for the device here."""
+    def add(self, losses):
+        """Add up what the micro-batches of a step bring; no wait for the device here."""
         self.losses = self.losses + torch.stack(list(losses.values())).detach()
-        for name, x in (("gates", routing.gates), ("information", information)):
-            self.routing[name] = self.routing.get(name, 0) + share * x.detach()
 
     def step(self, step, lr, norm):
         """A line for the mean of the last LOG_EVERY steps. Raises UserError for a loss that is not finite."""
-        self.routing["norm"] = self.routing.get("norm", 0) + norm
         self.recent.append(self.losses)
         self.losses = 0
         number = len(self.recent)
@@ -236,9 +252,7 @@ class Log:
             dist.all_reduce(losses)
         if not losses.isfinite().all():
             at, task = (~losses.isfinite()).nonzero()[0].tolist()
-            last = self.path.with_name("checkpoint.pt")
-            raise UserError(f"the {self.tasks[task]} loss is not finite at step {step + 2 - number + at}: "
-                            f"lower --lr; last good checkpoint: {last if last.is_file() else 'none yet'}")
+            self.diverged(f"the {self.tasks[task]} loss is not finite at step {step + 2 - number + at}")
         if self.rank:
             return
         losses = dict(zip(self.tasks, losses.mean(0).tolist()))
@@ -251,31 +265,31 @@ class Log:
         self.write({"kind": "step", "step": done, "epoch": done / self.steps, "losses": losses, "lr": lr,
                     "norm": float(norm), "images_per_second": speed})
 
-    def epoch(self, epoch, val, shared):
-        """The epoch's validation losses, and means over its steps of what the routers did."""
+    def epoch(self, epoch, val, routing, shared):
+        """The epoch's validation losses, and what the routers did there: means over images and tokens."""
         if not all(map(math.isfinite, val.values())):
-            raise UserError(f"the validation losses are not finite after epoch {epoch + 1}: lower --lr")
-        routing = {name: x / self.steps for name, x in self.routing.items()}
-        if dist.is_initialized():  # each process has added up its share of the batch
-            dist.all_reduce(routing["information"])
-            dist.all_reduce(routing["gates"])
-        self.routing = {}
+            self.diverged(f"the validation losses are not finite after epoch {epoch + 1}")
         self.mark = time.time()
         if self.rank:
             return
         print(f"{'epoch':>5}{epoch + 1:8}" + "".join(f"{loss:12.4f}" for loss in val.values())
               + "   validation", flush=True)
         self.write({"kind": "epoch", "epoch": epoch + 1, "step": (epoch + 1) * self.steps, "val": val,
-                    "gates": routing["gates"].tolist(),
-                    "shared_mass": routing["gates"][..., :shared].sum(-1).tolist(),
-                    "information": routing["information"].tolist(), "norm": float(routing["norm"])})
+                    "gates": routing.gates.tolist(),
+                    "shared_mass": routing.gates[..., :shared].sum(-1).tolist(),
+                    "mutual_information": ase.mutual_information(routing.probs).tolist()})
+
+    def diverged(self, told):
+        last = self.path.with_name("checkpoint.pt")
+        raise UserError(f"{told}; last good checkpoint: {last if last.is_file() else 'none yet'}; train again "
+                        f"at a lower rate: {again(self.args, '--lr', self.peak / 3)}")
 
     def finish(self, out, device):
         if self.rank == 0:
             spent = time.time() - self.begin
             print(f"\ntrained in {data.duration(spent)}, peak memory {peak_memory(device) / 2**30:.2f} GiB: "
                   + ", ".join(f"{stage} {t / spent:.1%}" for stage, t in self.stages.items())
-                  + f"\nnext: python evaluate.py {out}")
+                  + f"\n{next_step(out)}")
 
 
 def _line(record):
@@ -291,49 +305,97 @@ def peak_memory(device):
 
 
 @torch.inference_mode()
-def validate(model, dataset, settings, threads, rank=0, world=1):
-    """{task: loss} over a split; every pixel with ground truth counts the same, whichever process sees it
-    (but saliency's classes are balanced in each batch)."""
+def validate(model, dataset, settings, workers, rank=0, world=1):
+    """{task: loss} and `ase.Routing` over a split, as the model is used: without noise.
+
+    Every pixel with ground truth counts the same in a loss, whichever process sees it (but saliency's classes
+    are balanced in each batch); what the routers did is a mean over images and tokens.
+    """
     model.eval()
-    device = next(model.parameters()).device
+    config, device = model.config, next(model.parameters()).device
     plan = [indices.tolist() for indices in torch.arange(len(dataset)).split(settings["batch"])]
-    tasks = list(model.config.tasks)
-    total = torch.zeros(2, len(tasks), device=device)  # losses times pixels, pixels
-    for canvas in dataset.canvases(plan[rank::world], device, threads):
-        part = data.warp(*canvas, model.config.image, settings["mean_std"])
-        with evaluate.autocast(device):
-            predictions, _ = model(part.images)
-        counts = evaluate.count_pixels({task: part.targets[task] for task in tasks})
-        losses = evaluate.losses(predictions, part.targets, counts)
-        pixels = counts[:, 0]
-        total += torch.stack([torch.stack(list(losses.values())) * pixels, pixels])
+    losses, pixels = torch.zeros(2, len(config.tasks), device=device)
+    layers = sum(block.experts is not None for block in model.blocks)
+    gates = torch.zeros(layers, len(config.tasks), config.experts, device=device)
+    probs = torch.zeros(layers, len(config.tasks), config.experts and config.experts - config.shared,
+                        device=device)
+    for canvas in dataset.canvases(plan[rank::world], device, workers):
+        batch = data.warp(*canvas, config.image, settings["mean_std"], config.tasks)
+        with data.autocast(device):
+            predictions, routing = model(batch.images)
+        counts = evaluate.count_pixels(batch.targets)
+        found = torch.stack(list(evaluate.losses(predictions, batch.targets, counts).values()))
+        losses += found * counts[:, 0]
+        pixels += counts[:, 0]
+        gates += routing.gates * len(batch.images)
+        probs += routing.probs * len(batch.images)
     if world > 1:
-        dist.all_reduce(total)
-    return dict(zip(tasks, (total[0] / total[1].clamp(min=1)).tolist()))
+        for total in (losses, pixels, gates, probs):
+            dist.all_reduce(total)
+    losses = dict(zip(config.tasks, (losses / pixels.clamp(min=1)).tolist()))
+    return losses, ase.Routing(probs / len(dataset), gates / len(dataset))
 
 
 # --------------------------------------------------------------------- before the loop: what is there already
 
 
-def resume(out, settings):
-    """The checkpoint of an interrupted run with these settings, or None. Raises UserError for another run."""
-    if not out.exists():
-        parent = next(p for p in out.absolute().parents if p.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise UserError(f"cannot make {out}: {parent} cannot be written; name another folder, --out DIR")
-        return None
-    if not out.is_dir():
+@contextlib.contextmanager
+def locked(out):
+    """Keep a second training out of the run folder, which is made; the lock dies with the process."""
+    if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: name a folder for the run, --out DIR")
-    if all(path.name.startswith(".") for path in out.iterdir()):  # nothing, or what a kill has left
+    parent = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"cannot write {out}: {parent} cannot be written; name another folder, --out DIR")
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "w") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another training is writing into {out}: wait until it ends, or name another "
+                            "folder, --out DIR") from None
+        data.remove_leavings(out)
+        yield
+
+
+def resume(out, settings, args):
+    """The checkpoint of an interrupted run with these settings, or None. Raises UserError for another run.
+
+    A run that never came to its first checkpoint has nothing to lose: whatever its flags were, it is replaced.
+    """
+    path = out / "checkpoint.pt"
+    if not path.is_file():
+        visible = [file.name for file in out.glob("*") if not file.name.startswith(".")]
+        if visible and "config.json" not in visible:
+            raise UserError(f"{out} holds {visible[0]} and is no run folder: name another one, --out DIR")
         return None
     found = evaluate.open_run(out).settings
+    checkpoint = evaluate.load_checkpoint(path)
     for flag in settings:
-        if flag != "model" and found.get(flag) != settings[flag]:
-            raise UserError(f"{out} holds a run with --{flag.replace('_', '-')} {found.get(flag)}, not "
-                            f"{settings[flag]}: "
-                            "repeat its flags to go on with it, or name another folder, --out DIR")
-    path = out / "checkpoint.pt"
-    return evaluate.load_checkpoint(path) if path.is_file() else None
+        if flag in ("model", "val_subset") or found.get(flag) == settings[flag]:
+            continue
+        if flag not in found:
+            raise UserError(f"{out} was made by an earlier version: it can be judged, not continued; train "
+                            f"anew: {again(args)}")
+        if flag == "epochs" and checkpoint["epoch"] == found["epochs"]:
+            raise UserError(f"{out} is finished: over its {found['epochs']} epochs the learning rate has come "
+                            f"down to 0, so it cannot go on; train anew: {again(args)}")
+        raise UserError(f"{out} holds a run with --{flag.replace('_', '-')} {found[flag]}, not "
+                        f"{settings[flag]}: repeat its flags to go on with it, or train beside it: "
+                        f"{again(args)}")
+    return checkpoint
+
+
+def again(args, *changes):
+    """The command of this training, changed, into a run folder that is not there yet."""
+    number = next(n for n in itertools.count(2) if not Path(f"{args.out.rstrip('/')}-{n}").exists())
+    flags = [*args.argv, *changes, "--out", f"{args.out.rstrip('/')}-{number}"]  # the last one counts
+    return f"python train.py {shlex.join(map(str, flags))}"
+
+
+def next_step(out):
+    return f"next: python evaluate.py {shlex.quote(str(out))}"
 
 
 def prepare(settings, args, device):
@@ -416,7 +478,7 @@ def resolve(args):
             raise UserError(f"{both[0]} is in both train.txt and val.txt of {root} ({len(both)} such ids): "
                             "remove it from one")
     defaults = DEFAULTS["demo" if is_demo else "pascal"]
-    settings = {"data": args.data, "val_subset": defaults["val_subset"]}
+    settings = {"data": str(root.resolve()), "val_subset": defaults["val_subset"]}
     for flag in ("epochs", "batch", "lr"):
         settings[flag] = getattr(args, flag) or defaults[flag]
     tasks = args.tasks.split(",") if args.tasks else list(TASKS)
@@ -426,8 +488,9 @@ def resolve(args):
                             f"{','.join(TASKS)}")
     try:
         backbone = args.backbone
-        if backbone is None and args.weights not in (None, "none"):
-            backbone = ase.backbone_for(args.weights)
+        args.pretrained = ase.read_backbone(args.weights) if args.weights not in (None, "none") else None
+        if backbone is None and args.pretrained:
+            backbone = ase.backbone_for(args.pretrained)
         backbone = backbone or defaults["backbone"]
         if backbone not in ase.BACKBONES:
             raise UserError(f"unknown backbone {backbone!r}: expected one of {', '.join(ase.BACKBONES)}")
@@ -435,7 +498,7 @@ def resolve(args):
         fields["tasks"] = {name: task.channels for name, task in TASKS.items() if name in tasks}
         if args.size:
             fields["image"] = args.size
-        names = ("experts", "topk", "shared", "rank", "gating", "lora")
+        names = ("experts", "topk", "shared", "rank", "gating", "noise", "lora")
         config = ase.Config(**fields, **{name: getattr(args, name) for name in names})
         weights = args.weights
         if weights is None and is_demo and backbone == defaults["backbone"]:
@@ -444,28 +507,31 @@ def resolve(args):
             raise UserError(f"no weights for {backbone}: a frozen random backbone is no experiment; name "
                             "pretrained ones, "
                             "--weights FILE (README tells where from), or mean it: --weights none")
-        if weights != "none" and (args.weights or Path(weights).is_file()):
+        if args.weights is None and Path(weights).is_file():
+            args.pretrained = ase.read_backbone(weights)
+        if args.pretrained:
             with torch.device("meta"):  # nothing but shapes: a check of the file
                 model = ase.ASE(config)
-            ase.load_backbone(model, weights)
+            ase.load_backbone(model, args.pretrained)
     except ValueError as error:
         raise UserError(str(error)) from None
     if settings["batch"] > images:
         raise UserError(f"--batch {settings['batch']} is larger than the {images} training images: lower it")
     settings.update({name: getattr(config, name) for name in names}, size=config.image, backbone=backbone,
-                    tasks=",".join(config.tasks), weights=weights, mean_std=args.mean_std, mi=args.mi,
+                    tasks=",".join(config.tasks),
+                    weights=weights if weights == "none" else str(Path(weights).resolve()), mean_std=args.mean_std, mi=args.mi,
                     seed=args.seed, model=asdict(config))
     return settings
 
 
-def number(kind, low):
-    """An argparse type: a number, `kind` int or float, from `low` to a billion."""
+def number(kind, low, high=1_000_000):
+    """An argparse type: a number, `kind` int or float, from `low` to `high`."""
     def parse(text):
         with contextlib.suppress(ValueError):
-            if low <= kind(text) <= 1e9:
+            if low <= kind(text) <= high:
                 return kind(text)
         what = "a whole number" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected {what} from {low} to 1e9")
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected {what} from {low} to {high}")
     return parse
 
 
@@ -490,6 +556,8 @@ def main(argv=None):
          "fixed: softmax before top-k, shared gates are 1", "joint")
     flag("--lora", count, "R", "rank of the LoRA on the backbone; 0 trains it in full (default 4, or 0 "
          "without experts)")
+    flag("--noise", number(float, 0), "X", "factor of the routers' learned noise in training, as in Mod-Squad; "
+         "0: none", 1.0)
     flag("--mi", number(float, 0), "W", "weight of the mutual information loss, as in Mod-Squad", 0.005)
     flag("--tasks", str, "A,B", f"some of {','.join(TASKS)} (default all)")
     flag("--backbone", str, "NAME",
@@ -503,7 +571,7 @@ def main(argv=None):
     flag("--data", str, "DIR", "a folder in PASCAL-Context's layout; demo is made if it isn't there", "demo")
     flag("--cache", str, "DIR", "where parsed images are kept (default: cache/ in the data's folder)")
     flag("--size", some, "PIXELS", "side of the network's square input (default: the backbone's, 112 or 224)")
-    flag("--workers", some, "N", "threads that read ahead", 2)
+    flag("--workers", number(int, 0, 256), "N", "processes that read ahead (default 4 for a GPU; a CPU needs none: 0)")
     group = parser.add_argument_group("the training (the paper says no more than: 40 epochs)")
     flag("--out", str, "DIR", "the run folder", "run")
     flag("--epochs", some, "N", f"passes over the images {both('epochs')}")
@@ -516,13 +584,14 @@ def main(argv=None):
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
     group.add_argument("--checkpointing", action="store_true",
                        help="recompute each block in the backward pass: less memory, same gradients")
+    parser.set_defaults(argv=sys.argv[1:] if argv is None else argv)
     return data.command(parser, run, argv)
 
 
 def run(args):
     """Check everything, then train."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = evaluate.pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
+    device = data.pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
     settings = resolve(args)
     if settings["batch"] % world:
         raise UserError(f"--batch {settings['batch']} does not divide "
@@ -533,7 +602,15 @@ def run(args):
             torch.cuda.set_device(gpu)
         # process 0 may render, pretrain and fill a cache while the others wait
         dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu, timeout=timedelta(hours=6))
-    train(settings, args, rank, world, device)
+    torch.backends.cudnn.benchmark = True  # all batches have one size
+    try:
+        with locked(Path(args.out)) if rank == 0 else contextlib.nullcontext():
+            train(settings, args, rank, world, device)
+    except RuntimeError as error:
+        if world > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise UserError(f"process {rank} has lost the others: the line of the one that stopped first "
+                            "tells why") from None
+        raise
     if world > 1:  # not after an error: that would wait for the others
         dist.destroy_process_group()
 
