@@ -145,13 +145,8 @@ def confusion(prediction, truth, classes):
 
 def miou(total):
     """Mean of right / (predicted + true − right) over the classes that occur, percent; NaN if none does."""
-    right, predicted, true = total[occurring(total)].T
+    right, predicted, true = total[total.any(1)].T
     return 100 * float(np.mean(right / (predicted + true - right))) if right.size else math.nan
-
-
-def occurring(total):
-    """Which classes occur, in prediction or truth: (classes, 3) as of `confusion` → (classes,) bool."""
-    return total.any(1)
 
 
 def jaccards(prediction, truth):
@@ -434,8 +429,8 @@ def predict(model, image, mean_std, device):
 
 
 def read_truth(root, id, tasks, image=None):
-    """An image (3, H, W) uint8 and the truth its predictions are judged against and drawn beside, {task: (H, W)
-    or (3, H, W)}, from the files of these tasks (`image`, where given, is not read again)."""
+    """An image (3, H, W) uint8, and what its predictions are judged against and drawn beside: {task: truth},
+    from the files of these tasks (`image`, where given, is not read again)."""
     planes = data.read_planes(root, id, image)
     targets = data.targets(torch.from_numpy(planes)[None])
     truth = {task: metric_of(task).truth(targets[task][0].numpy(), planes) for task in tasks}
@@ -443,7 +438,7 @@ def read_truth(root, id, tasks, image=None):
 
 
 def _judge(job):
-    """One image in a worker: its truth against the model's outputs and a constant's. → two {task: numbers}."""
+    """One image in a worker: the model's outputs and a constant's against its truth → two {task: numbers}."""
     root, id, image, squashed, protocol = job
     totals, constants = {}, {}
     _, truth = read_truth(root, id, list(squashed), image)
@@ -625,8 +620,8 @@ def judge_run(run, args, device):
     result = {"metrics": or_null(values(totals)), "constant": or_null(values(constants)), "baseline": None,
               "delta_m": None, "images": len(dataset), "data": str(dataset.root.resolve()), "file": file,
               "judged": time.strftime("%Y-%m-%d %H:%M"), "seconds": seconds, "key": key}
-    # of how many classes a mean over classes is, and how many there are
-    result["classes"] = {task: [int(occurring(total).sum()), len(total)] for task, total in totals.items()
+    # how many classes occur, in prediction or truth, and how many there are
+    result["classes"] = {task: [int(total.any(1).sum()), len(total)] for task, total in totals.items()
                          if TASKS[task].metric == "miou"}
     if "edge" in totals:
         result["edge"] = {"thresholds": protocol.levels().tolist(), "counts": totals["edge"].tolist(),
@@ -799,7 +794,8 @@ def read_log(folder):
     """The records of a run's log.jsonl, [] where there is none."""
     path, records = folder / "log.jsonl", []
     for line in path.read_bytes().splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # cut by a crash or a full disk, or no record
+        # a crash or a full disk may have cut a line
+        with contextlib.suppress(ValueError, TypeError, KeyError):
             record = json.loads(line)
             if record["kind"] in ("step", "epoch") and record["step"] >= 0 and record["epoch"] >= 0:
                 records.append(record)
@@ -810,7 +806,7 @@ PICTURES = ("predictions", "experts", "curves", "edges")
 
 
 def draw_run(run, result, model, dataset, device):
-    """All pictures of a run, into its folder; what depends on the protocol beside its metrics, by its name."""
+    """All pictures of a run, into its folder; those that depend on the protocol are named like its file."""
     protocol = result["file"].removeprefix("metrics").removesuffix(".json")
     chosen = dataset.ids[::max(1, len(dataset) // 6)][:6]
     samples = []
@@ -833,23 +829,29 @@ def draw_run(run, result, model, dataset, device):
               "experts.png or curves.png is left out")
 
 
+def read_photo(path):
+    """A photo as (3, H, W) uint8, at most 2048 pixels a side: turned as EXIF says, transparency on white."""
+    with Image.open(path) as photo:
+        photo = ImageOps.exif_transpose(photo)
+        if photo.mode == "F":
+            raise ValueError("it holds floats, of a range that it does not say")
+        if photo.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8
+            photo = Image.fromarray((np.asarray(photo) / 257).clip(0, 255).astype(np.uint8))
+        if photo.has_transparency_data:
+            photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo.convert("RGBA"))
+        photo.thumbnail((2048, 2048))
+        return np.array(photo.convert("RGB")).transpose(2, 0, 1)
+
+
 def draw_photo(run, path, model, device):
-    """A photo's predictions as one picture, run/NAME.png: turned as EXIF says, transparency on white."""
+    """A photo's predictions as one picture, run/NAME.png."""
     out = run.folder / f"{path.stem}.png"
     if out.exists() and (out.samefile(path) or path.stem.split("-")[0] in PICTURES):
         raise UserError(f"the predictions would replace {out}: rename {path}")
     try:
-        with warnings.catch_warnings(), Image.open(path) as photo:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's about a large one
-            photo = ImageOps.exif_transpose(photo)
-            if photo.mode == "F":
-                raise ValueError("it holds floats, of a range that it does not say")
-            if photo.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8
-                photo = Image.fromarray((np.asarray(photo) / 257).clip(0, 255).astype(np.uint8))
-            if photo.has_transparency_data:
-                photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo.convert("RGBA"))
-            photo.thumbnail((2048, 2048))
-            image = np.array(photo.convert("RGB")).transpose(2, 0, 1)
+            image = read_photo(path)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read the photo {path} ({error}): "
                         "expected an image that Pillow opens") from None

@@ -1333,14 +1333,15 @@ BSDS500 = os.environ.get("BSDS500_BENCH_DATA", "")
 
 @pytest.mark.skipif(not BSDS500, reason="BSDS500_BENCH_DATA names no folder: BSDS500's bench/data")
 def test_recall_and_thinned_pixels_are_matlabs_on_bsds500():
-    """What Matlab found on the images that BSDS500 ships with its benchmark: at each threshold recall, summed
-    over the annotators of an image, and precision, where a pixel counts that any of them confirms. So precision
-    is no one-to-one match, but times the thinned pixels it is a whole number only if these are as many."""
+    """On the images that BSDS500 ships with its benchmark. Recall is summed over an image's annotators, and
+    comparable; precision counts a pixel that any of them confirms, which no one-to-one match tells. But times
+    the number of thinned pixels it is a whole number, if Matlab found as many."""
     root = Path(BSDS500)
     given, recall, precision, _ = np.loadtxt(root / "test_2/eval_bdry_thr.txt").T
-    number = len(given)
-    thresholds = np.linspace(1 / (number + 1), 1 - 1 / (number + 1), number)  # of these the file has six digits
+    step = 1 / (len(given) + 1)
+    thresholds = np.linspace(step, 1 - step, len(given))  # in the file they have six digits
     assert np.allclose(given, thresholds, atol=1e-6)
+    thresholds = np.nextafter(thresholds, 0)  # the benchmark's >= is > for the number just below
     matched = truth = predicted = 0
     pictures = sorted((root / "png").glob("*.png"))
     for path in pictures:
@@ -1348,8 +1349,7 @@ def test_recall_and_thinned_pixels_are_matlabs_on_bsds500():
             prob = np.asarray(image.convert("L")) / 255
         annotators = scipy.io.loadmat(root / f"groundTruth/{path.stem}.mat")["groundTruth"].ravel()
         for annotator in annotators:
-            # the benchmark's >= is > for the number just below
-            counts = edge_counts(prob, annotator["Boundaries"][0, 0] > 0, np.nextafter(thresholds, 0), nms=False)
+            counts = edge_counts(prob, annotator["Boundaries"][0, 0] > 0, thresholds, nms=False)
             matched, truth = matched + counts[:, 0], truth + counts[:, 2]
         predicted = predicted + counts[:, 1]
     assert pictures and (matched / truth >= recall - 1e-6).all() and (matched / truth <= 1.002 * recall).all()
@@ -1497,7 +1497,8 @@ def test_the_shared_experts_share_is_drawn_with_the_line_of_equal_logits(tmp_pat
     (_, neutral, *_), *shares = panels["gates of the shared experts"]
     assert neutral == (2 / 5, 2 / 5) and drawn(tmp_path / "c.png")
     for t, (steps, share, *_) in enumerate(shares):
-        expected = [sum(gates[e, layer, t, 0] + gates[e, layer, t, 1] for layer in (0, 1)) / 2 for e in range(3)]
+        expected = [(gates[e, 0, t, 0] + gates[e, 0, t, 1] + gates[e, 1, t, 0] + gates[e, 1, t, 1]) / 2
+                    for e in range(3)]
         assert steps == [7, 14, 21] and share == pytest.approx(expected)
     panels.clear()
     draw_curves(tmp_path / "c.png", records)
@@ -2058,7 +2059,7 @@ def test_a_finished_run_says_so_and_other_flags_are_named(trained, mini, capsys)
 
 @pytest.fixture
 def finished(trained, tmp_path):
-    """A copy of the finished run, with nothing in it but what training has written, and the way to judge it."""
+    """A copy of the finished run, with nothing in it but what training has written."""
     run = tmp_path / "run"
     run.mkdir()
     for name in ("config.json", "log.jsonl", "checkpoint.pt"):
@@ -2124,7 +2125,8 @@ def counting(quick, monkeypatch):
     return quick
 
 
-def test_a_result_is_kept_only_for_the_code_that_computed_it(finished, tmp_path, capsys, monkeypatch, counting):
+def test_a_result_is_kept_only_for_the_code_that_computed_it(
+        finished, tmp_path, capsys, monkeypatch, counting):
     for module in (evaluate, ase, data):
         table(capsys, finished)
         before = len(counting)
@@ -2148,8 +2150,9 @@ def test_each_protocol_has_a_file_of_its_own(finished, broken, tmp_path, capsys,
     (tmp_path / "half.txt").write_text("\n".join(ids[:3] + ids[:1]))
     (tmp_path / "rest").mkdir()
     (tmp_path / "rest/half.txt").write_text("\n".join(ids[3:]))
-    variants = [["--quick"], ["--no-nms"], ["--thresholds", "99"], ["--no-nms", "--thresholds", "99", "--quick"],
-                ["--ids", tmp_path / "half.txt"], ["--ids", tmp_path / "rest/half.txt"], ["--data", broken]]
+    variants = [["--quick"], ["--no-nms"], ["--thresholds", "99"],
+                ["--no-nms", "--thresholds", "99", "--quick"], ["--ids", tmp_path / "half.txt"],
+                ["--ids", tmp_path / "rest/half.txt"], ["--data", broken]]
     files = []
     for variant in variants:
         told = table(capsys, finished, *variant)
@@ -2202,7 +2205,8 @@ def test_how_many_classes_a_mean_is_of_is_told(finished, capsys, monkeypatch, co
     assert result_of(finished / "metrics.json")["classes"] == {"semseg": [18, 21], "human_parts": [7, 7]}
 
 
-def test_a_run_is_judged_from_anywhere_and_after_a_move(mini, finished, tmp_path, capsys, monkeypatch, counting):
+def test_a_run_is_judged_from_anywhere_and_after_a_move(
+        mini, finished, tmp_path, capsys, monkeypatch, counting):
     settings = json.loads((finished / "config.json").read_text())
     (finished / "config.json").write_text(json.dumps(settings | {"data": mini.name}))  # as older runs have it
     monkeypatch.chdir(mini.parent)
@@ -2260,7 +2264,8 @@ def test_a_line_of_the_log_that_is_no_record_is_left_out(finished, line):
 
 @pytest.mark.parametrize("record", [
     {"kind": "epoch", "step": 9, "epoch": 3, "val": {}, "gates": 5}, {"kind": "step", "step": 9, "epoch": 3},
-    {"kind": "step", "step": 9, "epoch": 3, "losses": [], "lr": "fast"}, {"kind": "epoch", "step": 9, "epoch": 3}])
+    {"kind": "step", "step": 9, "epoch": 3, "losses": [], "lr": "fast"},
+    {"kind": "epoch", "step": 9, "epoch": 3}])
 def test_a_log_of_another_shape_costs_its_pictures_alone(finished, capsys, record, quick):
     with open(finished / "log.jsonl", "a") as file:
         file.write(json.dumps(record) + "\n")
@@ -2286,13 +2291,14 @@ def test_a_run_from_before_is_judged(finished, capsys):
     settings["model"].pop("noise", None)
     (finished / "config.json").write_text(json.dumps(settings))
     checkpoint = ase.load(finished / "checkpoint.pt")
-    checkpoint["model"] = {name.replace("router_noise", "noise"): x for name, x in checkpoint["model"].items()}
-    assert any(name.endswith("experts.noise") for name in checkpoint["model"])
+    state = {name.replace("router_noise", "noise"): x for name, x in checkpoint["model"].items()}
+    checkpoint["model"] = state
+    assert any(name.endswith("experts.noise") for name in state)
     torch.save(checkpoint, finished / "checkpoint.pt")
     run = evaluate.open_run(finished)
     model = evaluate.load_model(run, torch.device("cpu"))
     assert run.config.noise == 1
-    assert (model.blocks[3].experts.router_noise == checkpoint["model"]["blocks.3.experts.noise"]).all()
+    assert (model.blocks[3].experts.router_noise == state["blocks.3.experts.noise"]).all()
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
@@ -2324,7 +2330,7 @@ def test_two_photos_of_one_name_are_refused_before_any_is_drawn(finished, tmp_pa
 
 def test_a_large_photo_prints_no_warning(finished, tmp_path, recwarn, capsys, monkeypatch):
     Image.new("L", (1500, 1500)).save(tmp_path / "large.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2 * 10**6)  # from here Pillow warns, twice as much it refuses
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2 * 10**6)  # from here on Pillow warns; it refuses 4 · 10⁶
     table(capsys, finished, tmp_path / "large.png")
     assert drawn(finished / "large.png") and not [str(w.message) for w in recwarn.list]
 
@@ -2558,14 +2564,17 @@ def test_bad_input_of_evaluate(trained, tmp_path, capsys):
     assert "no checkpoint" in fails(capsys, evaluate.main, run("early", config))
     assert "cannot read" in fails(capsys, evaluate.main, run("cut", config, whole[:len(whole) // 2]))
     assert "unknown baseline" in fails(capsys, evaluate.main, trained, "--baseline", "resnet99")
-    assert "alone, or run folders" in fails(capsys, evaluate.main, trained, "--baseline", "resnet18", "survey")
-    for k, content in enumerate(({}, {"model": {}, "epoch": 1}, [1], 5, {"model": 5, "optimizer": 1, "epoch": 1})):
+    error = fails(capsys, evaluate.main, trained, "--baseline", "resnet18", "survey")
+    assert "--baseline resnet18 survey: expected one of resnet18, survey, alone" in error
+    parts = {}, {"model": {}, "epoch": 1}, [1], 5, {"model": 5, "optimizer": 1, "epoch": 1}
+    for k, content in enumerate(parts):
         torch.save(content, tmp_path / "part.pt")
         folder = run(f"part{k}", config, (tmp_path / "part.pt").read_bytes())
         assert "checkpoint.pt" in fails(capsys, evaluate.main, folder, "--device", "cpu")
     settings = json.loads(config)
-    for k, change in enumerate(({"mean_std": "x"}, {"mean_std": []}, {"data": 5}, {"model": []}, {"model": {
-            **settings["model"], "tasks": {"depth": 1}}}, {"model": {**settings["model"], "tasks": {"sal": 3}}})):
+    changes = [{"mean_std": "x"}, {"mean_std": []}, {"data": 5}, {"model": []}]
+    changes += [{"model": settings["model"] | {"tasks": tasks}} for tasks in ({"depth": 1}, {"sal": 3})]
+    for k, change in enumerate(changes):
         folder = run(f"other{k}", json.dumps(settings | change), whole)
         assert "broken, or made by other code" in fails(capsys, evaluate.main, folder, "--device", "cpu")
     for k, content in enumerate((b"[]", b"\xff\xfe", b"5")):
