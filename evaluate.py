@@ -761,7 +761,7 @@ def draw_curves(path, records, shared=0, topk=0):
         ylim = 0, 1.1 * max(neutral, limits(shares)[1])
         panels.append(plot(ylim=ylim, labels=("gates of the shared experts", "step", "sum"), series=lines,
                            **axes))
-        legend += [("shared experts:", None), ("all logits equal", GREY), *zip(tasks, colours)]
+        legend += [("shared experts:", None), (f"all logits equal: {shared}/{shared + topk}", GREY), *zip(tasks, colours)]
     rows = [panels[i:i + 3] for i in range(0, len(panels), 3)]
     sheet(rows, legend=legend, cell=panels[0].shape[1] // 2, frame="white", path=path)
 

@@ -2166,6 +2166,14 @@ def test_each_protocol_has_a_file_of_its_own(finished, broken, tmp_path, capsys,
     assert "kept in metrics.json\n" in table(capsys, finished)
 
 
+def test_labels_that_differ_by_256_have_an_edge(broken):
+    labels = np.full((36, 48), 3, np.uint16)  # the size of the demo's first image
+    labels[:, 24:] = 259
+    scipy.io.savemat(broken / "pascal-context/trainval/2008_000001.mat", {"LabelMap": labels})
+    image, truth = evaluate.read_truth(broken, "2008_000001", ["edge"])
+    assert image.shape == (3, 36, 48) and truth["edge"][:35].sum(1).tolist() == [1] * 35
+
+
 def test_pictures_of_another_protocol_replace_none(finished, capsys, quick):
     table(capsys, finished)
     before = {name: (finished / name).stat().st_mtime_ns for name in ("edges.png", "predictions.png")}
