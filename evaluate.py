@@ -575,7 +575,8 @@ def file_of(run, dataset, args):
 
 def keep(folder, result):
     """Write a result into its file of a run, with a checksum that `kept` looks at."""
-    data.write_json(folder / result["file"], {**result, "check": zlib.crc32(json.dumps(result).encode())})
+    check = zlib.crc32(json.dumps(result, allow_nan=False).encode())
+    data.write_json(folder / result["file"], {**result, "check": check})
 
 
 def kept(folder, file, key):
@@ -761,7 +762,8 @@ def draw_curves(path, records, shared=0, topk=0):
         ylim = 0, 1.1 * max(neutral, limits(shares)[1])
         panels.append(plot(ylim=ylim, labels=("gates of the shared experts", "step", "sum"), series=lines,
                            **axes))
-        legend += [("shared experts:", None), (f"all logits equal: {shared}/{shared + topk}", GREY), *zip(tasks, colours)]
+        legend += [("shared experts:", None), (f"all logits equal: {shared}/{shared + topk}", GREY)]
+        legend += zip(tasks, colours)
     rows = [panels[i:i + 3] for i in range(0, len(panels), 3)]
     sheet(rows, legend=legend, cell=panels[0].shape[1] // 2, frame="white", path=path)
 
