@@ -123,13 +123,8 @@ def confusion(prediction, truth, classes):
 
 def miou(total):
     """Mean of right / (predicted + true − right) over the classes that occur, percent; NaN if none does."""
-    right, predicted, true = total[occurring(total)].T
+    right, predicted, true = total[total.any(1)].T
     return 100 * float(np.mean(right / (predicted + true - right))) if right.size else math.nan
-
-
-def occurring(total):
-    """Which classes occur, in prediction or truth: (classes, 3) as of `confusion` → (classes,) bool."""
-    return total.any(1)
 
 
 def jaccards(prediction, truth):
@@ -411,8 +406,8 @@ def predict(model, image, mean_std, device):
 
 
 def read_truth(root, id, tasks, image=None):
-    """An image (3, H, W) uint8 and the truth its predictions are judged against and drawn beside, {task: (H, W)
-    or (3, H, W)}, from the files of these tasks (`image`, where given, is not read again)."""
+    """An image (3, H, W) uint8, and what its predictions are judged against and drawn beside: {task: truth},
+    from the files of these tasks (`image`, where given, is not read again)."""
     maps = data.maps_of(tasks)
     planes = torch.from_numpy(data.read_planes(root, id, maps, image))
     targets = data.targets(planes[None], tasks)
@@ -422,7 +417,7 @@ def read_truth(root, id, tasks, image=None):
 
 
 def _judge(job):
-    """One image in a worker: its truth against the model's outputs and a constant's. → two {task: numbers}."""
+    """One image in a worker: the model's outputs and a constant's against its truth → two {task: numbers}."""
     root, id, image, squashed, protocol = job
     totals, constants = {}, {}
     _, truth = read_truth(root, id, list(squashed), image)
@@ -559,7 +554,8 @@ def file_of(run, dataset, args):
 
 def keep(folder, result):
     """Write a result into its file of a run, with a checksum that `kept` looks at."""
-    data.write_json(folder / result["file"], {**result, "check": zlib.crc32(json.dumps(result).encode())})
+    check = zlib.crc32(json.dumps(result, allow_nan=False).encode())
+    data.write_json(folder / result["file"], {**result, "check": check})
 
 
 def kept(folder, file, key):
@@ -604,8 +600,8 @@ def judge_run(run, args, device):
     result = {"metrics": or_null(values(totals)), "constant": or_null(values(constants)), "baseline": None,
               "delta_m": None, "images": len(dataset), "data": str(dataset.root.resolve()), "file": file,
               "judged": time.strftime("%Y-%m-%d %H:%M"), "seconds": seconds, "key": key}
-    # of how many classes a mean over classes is, and how many there are
-    result["classes"] = {task: [int(occurring(total).sum()), len(total)] for task, total in totals.items()
+    # how many classes occur, in prediction or truth, and how many there are
+    result["classes"] = {task: [int(total.any(1).sum()), len(total)] for task, total in totals.items()
                          if TASKS[task].metric == "miou"}
     if "edge" in totals:
         result["edge"] = {"thresholds": protocol.levels().tolist(), "counts": totals["edge"].tolist(),
@@ -745,7 +741,8 @@ def draw_curves(path, records, shared=0, topk=0):
         ylim = 0, 1.1 * max(neutral, limits(shares)[1])
         panels.append(plot(ylim=ylim, labels=("gates of the shared experts", "step", "sum"), series=lines,
                            **axes))
-        legend += [("shared experts:", None), ("all logits equal", GREY), *zip(tasks, colours)]
+        legend += [("shared experts:", None), (f"all logits equal: {shared}/{shared + topk}", GREY)]
+        legend += zip(tasks, colours)
     rows = [panels[i:i + 3] for i in range(0, len(panels), 3)]
     sheet(rows, legend=legend, cell=panels[0].shape[1] // 2, frame="white", path=path)
 
@@ -778,7 +775,8 @@ def read_log(folder):
     """The records of a run's log.jsonl, [] where there is none."""
     path, records = folder / "log.jsonl", []
     for line in path.read_bytes().splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # cut by a crash or a full disk, or no record
+        # a crash or a full disk may have cut a line
+        with contextlib.suppress(ValueError, TypeError, KeyError):
             record = json.loads(line)
             if record["kind"] in ("step", "epoch") and record["step"] >= 0 and record["epoch"] >= 0:
                 records.append(record)
@@ -789,7 +787,7 @@ PICTURES = ("predictions", "experts", "curves", "edges")
 
 
 def draw_run(run, result, model, dataset, device):
-    """All pictures of a run, into its folder; what depends on the protocol beside its metrics, by its name."""
+    """All pictures of a run, into its folder; those that depend on the protocol are named like its file."""
     protocol = result["file"].removeprefix("metrics").removesuffix(".json")
     chosen = dataset.ids[::max(1, len(dataset) // 6)][:6]
     samples = []
@@ -812,23 +810,29 @@ def draw_run(run, result, model, dataset, device):
               "experts.png or curves.png is left out")
 
 
+def read_photo(path):
+    """A photo as (3, H, W) uint8, at most 2048 pixels a side: turned as EXIF says, transparency on white."""
+    with Image.open(path) as photo:
+        photo = ImageOps.exif_transpose(photo)
+        if photo.mode == "F":
+            raise ValueError("it holds floats, of a range that it does not say")
+        if photo.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8
+            photo = Image.fromarray((np.asarray(photo) / 257).clip(0, 255).astype(np.uint8))
+        if photo.has_transparency_data:
+            photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo.convert("RGBA"))
+        photo.thumbnail((2048, 2048))
+        return np.array(photo.convert("RGB")).transpose(2, 0, 1)
+
+
 def draw_photo(run, path, model, device):
-    """A photo's predictions as one picture, run/NAME.png: turned as EXIF says, transparency on white."""
+    """A photo's predictions as one picture, run/NAME.png."""
     out = run.folder / f"{path.stem}.png"
     if out.exists() and (out.samefile(path) or path.stem.split("-")[0] in PICTURES):
         raise UserError(f"the predictions would replace {out}: rename {path}")
     try:
-        with warnings.catch_warnings(), Image.open(path) as photo:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's about a large one
-            photo = ImageOps.exif_transpose(photo)
-            if photo.mode == "F":
-                raise ValueError("it holds floats, of a range that it does not say")
-            if photo.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8
-                photo = Image.fromarray((np.asarray(photo) / 257).clip(0, 255).astype(np.uint8))
-            if photo.has_transparency_data:
-                photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo.convert("RGBA"))
-            photo.thumbnail((2048, 2048))
-            image = np.array(photo.convert("RGB")).transpose(2, 0, 1)
+            image = read_photo(path)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read the photo {path} ({error}): "
                         "expected an image that Pillow opens") from None

@@ -2,6 +2,7 @@
 minutes."""
 
 import argparse
+import io
 import itertools
 import json
 import math
@@ -14,8 +15,11 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import FrozenInstanceError
 from pathlib import Path
+from struct import pack
 
 import numpy as np
 import pytest
@@ -1353,14 +1357,15 @@ BSDS500 = os.environ.get("BSDS500_BENCH_DATA", "")
 
 @pytest.mark.skipif(not BSDS500, reason="BSDS500_BENCH_DATA names no folder: BSDS500's bench/data")
 def test_recall_and_thinned_pixels_are_matlabs_on_bsds500():
-    """What Matlab found on the images that BSDS500 ships with its benchmark: at each threshold recall, summed
-    over the annotators of an image, and precision, where a pixel counts that any of them confirms. So precision
-    is no one-to-one match, but times the thinned pixels it is a whole number only if these are as many."""
+    """On the images that BSDS500 ships with its benchmark. Recall is summed over an image's annotators, and
+    comparable; precision counts a pixel that any of them confirms, which no one-to-one match tells. But times
+    the number of thinned pixels it is a whole number, if Matlab found as many."""
     root = Path(BSDS500)
     given, recall, precision, _ = np.loadtxt(root / "test_2/eval_bdry_thr.txt").T
-    number = len(given)
-    thresholds = np.linspace(1 / (number + 1), 1 - 1 / (number + 1), number)  # of these the file has six digits
+    step = 1 / (len(given) + 1)
+    thresholds = np.linspace(step, 1 - step, len(given))  # in the file they have six digits
     assert np.allclose(given, thresholds, atol=1e-6)
+    thresholds = np.nextafter(thresholds, 0)  # the benchmark's >= is > for the number just below
     matched = truth = predicted = 0
     pictures = sorted((root / "png").glob("*.png"))
     for path in pictures:
@@ -1368,8 +1373,7 @@ def test_recall_and_thinned_pixels_are_matlabs_on_bsds500():
             prob = np.asarray(image.convert("L")) / 255
         annotators = scipy.io.loadmat(root / f"groundTruth/{path.stem}.mat")["groundTruth"].ravel()
         for annotator in annotators:
-            # the benchmark's >= is > for the number just below
-            counts = edge_counts(prob, annotator["Boundaries"][0, 0] > 0, np.nextafter(thresholds, 0), nms=False)
+            counts = edge_counts(prob, annotator["Boundaries"][0, 0] > 0, thresholds, nms=False)
             matched, truth = matched + counts[:, 0], truth + counts[:, 2]
         predicted = predicted + counts[:, 1]
     assert pictures and (matched / truth >= recall - 1e-6).all() and (matched / truth <= 1.002 * recall).all()
@@ -1517,7 +1521,8 @@ def test_the_shared_experts_share_is_drawn_with_the_line_of_equal_logits(tmp_pat
     (_, neutral, *_), *shares = panels["gates of the shared experts"]
     assert neutral == (2 / 5, 2 / 5) and drawn(tmp_path / "c.png")
     for t, (steps, share, *_) in enumerate(shares):
-        expected = [sum(gates[e, layer, t, 0] + gates[e, layer, t, 1] for layer in (0, 1)) / 2 for e in range(3)]
+        expected = [(gates[e, 0, t, 0] + gates[e, 0, t, 1] + gates[e, 1, t, 0] + gates[e, 1, t, 1]) / 2
+                    for e in range(3)]
         assert steps == [7, 14, 21] and share == pytest.approx(expected)
     panels.clear()
     draw_curves(tmp_path / "c.png", records)
@@ -1976,8 +1981,8 @@ def test_miou_against_sets_of_pixels():
 def test_a_gpu_without_native_bfloat16_computes_in_float32(monkeypatch):
     for capability, expected in (((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        assert evaluate.precision(torch.device("cuda")) == expected
-        assert evaluate.precision(torch.device("cpu")) == torch.float32
+        assert data.has_bfloat16(torch.device("cuda")) == (expected == torch.bfloat16)
+        assert not data.has_bfloat16(torch.device("cpu"))
 
 
 def test_saliency_takes_the_best_threshold_of_the_mean_over_images():
@@ -2045,7 +2050,7 @@ def test_validation_losses_do_not_depend_on_the_batch(mini):
     """Seven images in batches of 1, 3 or 7: the last, incomplete one counts as it should."""
     model = ase.ASE(ase.Config(image=32, dim=12, depth=1, heads=2, head_dim=8, experts=3, topk=1, rank=2))
     dataset = data.PascalContext(mini, "val", 32)
-    losses = [train.validate(model, dataset, {"batch": batch, "mean_std": "half"}, 2) for batch in (1, 3, 7)]
+    losses = [train.validate(model, dataset, {"batch": batch, "mean_std": "half"}, 0)[0] for batch in (1, 3, 7)]
     for task in set(TASKS) - {"sal"}:  # saliency's weights are those of the batch
         assert losses[0][task] == pytest.approx(losses[1][task], rel=1e-5)
         assert losses[0][task] == pytest.approx(losses[2][task], rel=1e-5)
@@ -2103,7 +2108,7 @@ def test_a_finished_run_says_so_and_other_flags_are_named(trained, mini, capsys)
 
 @pytest.fixture
 def finished(trained, tmp_path):
-    """A copy of the finished run, with nothing in it but what training has written, and the way to judge it."""
+    """A copy of the finished run, with nothing in it but what training has written."""
     run = tmp_path / "run"
     run.mkdir()
     for name in ("config.json", "log.jsonl", "checkpoint.pt"):
@@ -2169,7 +2174,8 @@ def counting(quick, monkeypatch):
     return quick
 
 
-def test_a_result_is_kept_only_for_the_code_that_computed_it(finished, tmp_path, capsys, monkeypatch, counting):
+def test_a_result_is_kept_only_for_the_code_that_computed_it(
+        finished, tmp_path, capsys, monkeypatch, counting):
     for module in (evaluate, ase, data):
         table(capsys, finished)
         before = len(counting)
@@ -2193,8 +2199,9 @@ def test_each_protocol_has_a_file_of_its_own(finished, broken, tmp_path, capsys,
     (tmp_path / "half.txt").write_text("\n".join(ids[:3] + ids[:1]))
     (tmp_path / "rest").mkdir()
     (tmp_path / "rest/half.txt").write_text("\n".join(ids[3:]))
-    variants = [["--quick"], ["--no-nms"], ["--thresholds", "99"], ["--no-nms", "--thresholds", "99", "--quick"],
-                ["--ids", tmp_path / "half.txt"], ["--ids", tmp_path / "rest/half.txt"], ["--data", broken]]
+    variants = [["--quick"], ["--no-nms"], ["--thresholds", "99"],
+                ["--no-nms", "--thresholds", "99", "--quick"], ["--ids", tmp_path / "half.txt"],
+                ["--ids", tmp_path / "rest/half.txt"], ["--data", broken]]
     files = []
     for variant in variants:
         told = table(capsys, finished, *variant)
@@ -2206,6 +2213,14 @@ def test_each_protocol_has_a_file_of_its_own(finished, broken, tmp_path, capsys,
                          "metrics-quick-no-nms-thresholds-99.json"]
     assert (finished / "metrics.json").read_bytes() == before
     assert "kept in metrics.json\n" in table(capsys, finished)
+
+
+def test_labels_that_differ_by_256_have_an_edge(broken):
+    labels = np.full((36, 48), 3, np.uint16)  # the size of the demo's first image
+    labels[:, 24:] = 259
+    scipy.io.savemat(broken / "pascal-context/trainval/2008_000001.mat", {"LabelMap": labels})
+    image, truth = evaluate.read_truth(broken, "2008_000001", ["edge"])
+    assert image.shape == (3, 36, 48) and truth["edge"][:35].sum(1).tolist() == [1] * 35
 
 
 def test_pictures_of_another_protocol_replace_none(finished, capsys, quick):
@@ -2247,7 +2262,8 @@ def test_how_many_classes_a_mean_is_of_is_told(finished, capsys, monkeypatch, co
     assert result_of(finished / "metrics.json")["classes"] == {"semseg": [18, 21], "human_parts": [7, 7]}
 
 
-def test_a_run_is_judged_from_anywhere_and_after_a_move(mini, finished, tmp_path, capsys, monkeypatch, counting):
+def test_a_run_is_judged_from_anywhere_and_after_a_move(
+        mini, finished, tmp_path, capsys, monkeypatch, counting):
     settings = json.loads((finished / "config.json").read_text())
     (finished / "config.json").write_text(json.dumps(settings | {"data": mini.name}))  # as older runs have it
     monkeypatch.chdir(mini.parent)
@@ -2305,7 +2321,8 @@ def test_a_line_of_the_log_that_is_no_record_is_left_out(finished, line):
 
 @pytest.mark.parametrize("record", [
     {"kind": "epoch", "step": 9, "epoch": 3, "val": {}, "gates": 5}, {"kind": "step", "step": 9, "epoch": 3},
-    {"kind": "step", "step": 9, "epoch": 3, "losses": [], "lr": "fast"}, {"kind": "epoch", "step": 9, "epoch": 3}])
+    {"kind": "step", "step": 9, "epoch": 3, "losses": [], "lr": "fast"},
+    {"kind": "epoch", "step": 9, "epoch": 3}])
 def test_a_log_of_another_shape_costs_its_pictures_alone(finished, capsys, record, quick):
     with open(finished / "log.jsonl", "a") as file:
         file.write(json.dumps(record) + "\n")
@@ -2331,13 +2348,14 @@ def test_a_run_from_before_is_judged(finished, capsys):
     settings["model"].pop("noise", None)
     (finished / "config.json").write_text(json.dumps(settings))
     checkpoint = ase.load(finished / "checkpoint.pt")
-    checkpoint["model"] = {name.replace("router_noise", "noise"): x for name, x in checkpoint["model"].items()}
-    assert any(name.endswith("experts.noise") for name in checkpoint["model"])
+    state = {name.replace("router_noise", "noise"): x for name, x in checkpoint["model"].items()}
+    checkpoint["model"] = state
+    assert any(name.endswith("experts.noise") for name in state)
     torch.save(checkpoint, finished / "checkpoint.pt")
     run = evaluate.open_run(finished)
     model = evaluate.load_model(run, torch.device("cpu"))
     assert run.config.noise == 1
-    assert (model.blocks[3].experts.router_noise == checkpoint["model"]["blocks.3.experts.noise"]).all()
+    assert (model.blocks[3].experts.router_noise == state["blocks.3.experts.noise"]).all()
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
@@ -2369,7 +2387,7 @@ def test_two_photos_of_one_name_are_refused_before_any_is_drawn(finished, tmp_pa
 
 def test_a_large_photo_prints_no_warning(finished, tmp_path, recwarn, capsys, monkeypatch):
     Image.new("L", (1500, 1500)).save(tmp_path / "large.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2 * 10**6)  # from here Pillow warns, twice as much it refuses
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2 * 10**6)  # from here on Pillow warns; it refuses 4 · 10⁶
     table(capsys, finished, tmp_path / "large.png")
     assert drawn(finished / "large.png") and not [str(w.message) for w in recwarn.list]
 
@@ -2459,7 +2477,7 @@ def test_a_divided_batch_means_the_same_as_a_whole_one(mini, tmp_path, monkeypat
 def test_a_loss_that_is_not_finite_stops_and_names_the_task(mini, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(evaluate.LOSSES, "edge_bce", lambda p, *_: p.sum() * math.nan)
     error = fails(capsys, train.main, *flags(mini, tmp_path / "run"))
-    assert "edge" in error and "step 1:" in error and "checkpoint" in error
+    assert "edge" in error and "at step 1;" in error and "checkpoint" in error
 
 
 @pytest.mark.parametrize(
@@ -2553,9 +2571,182 @@ def test_a_broken_file_is_named_by_the_check_and_by_train(broken, tmp_path, caps
     breaking(broken / name)
     assert data.main([str(broken)]) == 1
     report = capsys.readouterr().out
-    assert told in report and "2008_000001" in report and "a training could not start" in report
+    assert told in report and "2008_000001" in report
+    spoilt = {"image": set(TASKS), "labelmap": {"edge", "normals"}}.get(told.split(",")[0], {told.split(",")[0]})
+    rest = ",".join(task for task in TASKS if task not in spoilt)
+    assert (f"with --tasks {rest}:" if rest else "a training could not start") in report
     error = fails(capsys, train.main, *flags(broken, tmp_path / "run"))
     assert str(broken / name) in error and not (tmp_path / "run/log.jsonl").exists()
+
+
+def test_a_copy_without_normals_and_saliency_serves_the_other_tasks(broken, tmp_path, capsys, monkeypatch):
+    """The check says which; they are cached, trained and judged without the files of the rest."""
+    monkeypatch.chdir(tmp_path)
+    shutil.rmtree(broken / "normals_distill")
+    shutil.rmtree(broken / "sal_distill")
+    assert data.main([str(broken)]) == 1
+    report = capsys.readouterr().out
+    assert "could start with --tasks semseg,human_parts,edge:" in report and drawn(tmp_path / "contact_broken.png")
+    assert "missing" in fails(capsys, train.main, *flags(broken, tmp_path / "all"))
+    train.main(flags(broken, tmp_path / "run", "--tasks", "semseg,human_parts,edge", "--epochs", "1"))
+    evaluate.main([str(tmp_path / "run"), "--device", "cpu"])
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())["metrics"]
+    assert list(metrics) == ["semseg", "human_parts", "edge"]
+
+
+def sixteen_bits(path, size=(48, 36)):
+    """A grey PNG of 16 bits, darker at its left than half of full scale, brighter at its right."""
+    values = np.full(size[::-1], 20_000, np.uint16)
+    values[:, size[0] // 2:] = 50_000
+    Image.fromarray(values).save(path)
+
+
+@pytest.mark.parametrize("name", ["sal", "image", "normals"])
+def test_sixteen_bits_are_scaled_and_floats_refused(broken, name):
+    path = data.find(broken, name, "2008_000001")
+    sixteen_bits(path.with_suffix(".png"))
+    path.with_suffix(".png").rename(path)
+    planes = data.read_map(broken, name, "2008_000001", None if name == "image" else (48, 36))
+    low, high = (0, 1) if name == "sal" else (77, 194)
+    assert (planes[:, :, :23] == low).all() and (planes[:, :, 25:] == high).all()
+    Image.fromarray(np.full((36, 48), 0.5, np.float32)).save(path, "TIFF")
+    with pytest.raises(data.Fault, match=f"{path} holds float32 numbers"):
+        data.read_map(broken, name, "2008_000001", None if name == "image" else (48, 36))
+
+
+def png(path, classes, rows):
+    """A PNG of the first rows alone, that is sound otherwise."""
+    def chunk(kind, content):
+        return pack(">I", len(content)) + kind + content + pack(">I", zlib.crc32(kind + content))
+
+    height, width = classes.shape
+    body = b"".join(b"\0" + row.tobytes() for row in classes[:rows])
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+                     + chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b""))
+
+
+def test_a_png_whose_lower_half_is_missing_is_no_background(broken):
+    path = data.find(broken, "semseg", "2008_000001")
+    classes = np.full((36, 48), 7, np.uint8)
+    png(path, classes, 36)
+    assert (data.read_map(broken, "semseg", "2008_000001", (48, 36)) == 7).all()
+    png(path, classes, 35)
+    with pytest.raises(data.Fault, match="ends within its rows") as fault:
+        data.read_map(broken, "semseg", "2008_000001", (48, 36))
+    assert fault.value.kind == "unreadable" and str(path) in str(fault.value)
+
+
+@pytest.mark.parametrize("values, told", [
+    (1j, "complex"), (math.nan, "value nan"), (2.5, "value 2.5"), (460, "value 460"), (-1.0, "value -1")])
+def test_label_maps_hold_whole_numbers(broken, values, told):
+    path = data.find(broken, "labelmap", "2008_000001")
+    scipy.io.savemat(path, {"LabelMap": np.full((36, 48), values)})
+    with pytest.raises(data.Fault, match=told):
+        data.read_map(broken, "labelmap", "2008_000001", (48, 36))
+    scipy.io.savemat(path, {"LabelMap": np.full((36, 48), 459.0)})
+    planes = data.read_map(broken, "labelmap", "2008_000001", (48, 36))
+    assert (planes[0] == 459 - 256).all() and (planes[1] == 1).all()
+
+
+def test_an_image_of_too_many_pixels_is_named(broken, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 800)  # an image of 48×36 is more than twice that
+    assert "2008_000001.jpg (DecompressionBombError" in fails(capsys, train.main, *flags(broken, tmp_path / "run"))
+    monkeypatch.chdir(tmp_path)
+    assert data.main([str(broken)]) == 1
+
+
+CLASSES_WITH_NORMALS = """
+    3 4 6 9 10 11 13 15 17 18 22 23 29 30 33 34 36 37 38 39 41 43 46 49 50 51 53 55 56 59 61 62 65 66 68 69
+    72 73 78 83 84 85 87 88 95 96 101 104 105 107 111 113 115 122 124 135 141 142 143 146 150 154 157 158
+    159 165 172 174 181 183 184 191 193 195 197 199 202 213 215 216 219 220 223 225 228 230 232 233 238 239
+    242 243 246 250 251 252 255 260 261 263 269 272 273 275 281 283 284 285 286 287 288 290 291 292 293 295
+    304 307 309 310 314 315 319 323 329 330 331 336 342 345 349 350 351 352 355 357 368 370 371 374 379 380
+    383 384 397 401 403 405 407 408 411 412 413 414 417 419 421 423 427 429 430 432 440 441 442 443 444 446
+    454 457"""
+
+
+def test_the_tables_are_the_fields():
+    """An independent copy of the 24 part names, the 170 classes with normals, weights and channels."""
+    parts = {"head": "hair head lear lebrow leye mouth nose rear rebrow reye", "torso": "neck torso",
+             "upper arm": "luarm ruarm", "lower arm": "lhand llarm rhand rlarm", "upper leg": "luleg ruleg",
+             "lower leg": "lfoot llleg rfoot rlleg"}
+    found = {name: " ".join(sorted(part for part, index in data.PART_OF.items()
+                                   if data.PART_CLASSES[index] == name)) for name in data.PART_CLASSES[1:]}
+    assert found == parts and len(data.PART_OF) == 24 and data.PART_CLASSES[0] == "background"
+    assert list(data.VALID_NORMALS) == [int(number) for number in CLASSES_WITH_NORMALS.split()]
+    rows = {"semseg": (21, 1, False), "human_parts": (7, 2, False), "sal": (1, 5, False), "edge": (1, 50, False),
+            "normals": (3, 10, True)}
+    assert {name: (task.channels, task.weight, task.lower_is_better) for name, task in TASKS.items()} == rows
+    assert data.VOC_CLASSES[1:] == tuple(
+        "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
+        "pottedplant sheep sofa train tvmonitor".split())
+    x = torch.tensor([0.0, 255]).view(1, 1, 1, 2).expand(1, 3, 1, 2)
+    black, white = data.normalise(x, "imagenet")[0, :, 0].unbind(-1)
+    np.testing.assert_allclose(black, [-2.1179, -2.0357, -1.8044], atol=1e-4)
+    np.testing.assert_allclose(white, [2.2489, 2.4286, 2.64], atol=1e-4)
+    assert data.normalise(x, "half").flatten().tolist() == [-1, 1] * 3
+
+
+class Ascii(io.TextIOWrapper):
+    """Standard output of a terminal, or a file on Windows, that lacks most letters."""
+
+    def __init__(self):
+        super().__init__(io.BytesIO(), encoding="ascii")
+
+
+@pytest.mark.parametrize("error, told", [
+    (BrokenProcessPool(), "a worker process was killed"),
+    (torch.OutOfMemoryError("CUDA out of memory"), "--micro-batch"), (MemoryError(), "--checkpointing"),
+    (OSError(28, "No space left on device", "run/x"), "run/x: No space left"), (data.UserError("a\nb"), "a b")])
+def test_what_a_command_meets_ends_in_one_line(capsys, error, told):
+    def job(args):
+        raise error
+
+    assert told in fails(capsys, lambda argv: data.command(argparse.ArgumentParser(), job, argv))
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    with pytest.raises(data.UserError, match="cannot write .*x.pt .*make room"):
+        data.write_atomically(tmp_path / "x.pt", lambda file: (file.write(b"half"), torch.zeros(2).view(3)))
+    assert not list(tmp_path.iterdir())
+    for name in (".x.pt.999999999.tmp", f".x.pt.{os.getppid()}.tmp", ".x.pt.tmp"):
+        (tmp_path / name).write_text("")
+    data.remove_leavings(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f".x.pt.{os.getppid()}.tmp", ".x.pt.tmp"]
+
+
+def test_letters_that_an_encoding_lacks_are_replaced(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Ascii())
+    data.command(argparse.ArgumentParser(), lambda args: print("Δm ↑ 1 °"), [])
+    sys.stdout.flush()
+    assert sys.stdout.buffer.getvalue() == b"?m ? 1 ?\n"
+
+
+def test_ctrl_c_is_heard_while_workers_work_and_an_object_swallows_it(tmp_path):
+    """Interrupted while 60 jobs of 0.3 s are queued, and once more within a destructor, which drops it."""
+    script = ("import argparse, sys, time, data\n"
+              "class Drops:\n"
+              "    def __del__(self):\n"
+              "        print('now', flush=True)\n"
+              "        time.sleep(1)\n"
+              "def job(args):\n"
+              "    if sys.argv[1] == 'object':\n"
+              "        Drops()\n"
+              "        time.sleep(60)\n"
+              "    for _ in data.parallel(time.sleep, 60 * [0.3], 'sleep'):\n"
+              "        print('now', flush=True)\n"
+              "if __name__ == '__main__':\n"
+              "    data.command(argparse.ArgumentParser(), job, [])\n")
+    for which in ("object", "workers"):
+        process = subprocess.Popen([sys.executable, "-c", script, which], cwd=ROOT, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, text=True,
+                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        _, error = process.communicate(timeout=30)
+        assert process.returncode == 130 and time.monotonic() - began < 4
+        assert error.strip().splitlines()[-1].startswith("interrupted")
 
 
 def test_saliency_and_normals_of_another_size_are_a_remark(broken, tmp_path, capsys, monkeypatch):
@@ -2603,14 +2794,17 @@ def test_bad_input_of_evaluate(trained, tmp_path, capsys):
     assert "no checkpoint" in fails(capsys, evaluate.main, run("early", config))
     assert "cannot read" in fails(capsys, evaluate.main, run("cut", config, whole[:len(whole) // 2]))
     assert "unknown baseline" in fails(capsys, evaluate.main, trained, "--baseline", "resnet99")
-    assert "alone, or run folders" in fails(capsys, evaluate.main, trained, "--baseline", "resnet18", "survey")
-    for k, content in enumerate(({}, {"model": {}, "epoch": 1}, [1], 5, {"model": 5, "optimizer": 1, "epoch": 1})):
+    error = fails(capsys, evaluate.main, trained, "--baseline", "resnet18", "survey")
+    assert "--baseline resnet18 survey: expected one of resnet18, survey, alone" in error
+    parts = {}, {"model": {}, "epoch": 1}, [1], 5, {"model": 5, "optimizer": 1, "epoch": 1}
+    for k, content in enumerate(parts):
         torch.save(content, tmp_path / "part.pt")
         folder = run(f"part{k}", config, (tmp_path / "part.pt").read_bytes())
         assert "checkpoint.pt" in fails(capsys, evaluate.main, folder, "--device", "cpu")
     settings = json.loads(config)
-    for k, change in enumerate(({"mean_std": "x"}, {"mean_std": []}, {"data": 5}, {"model": []}, {"model": {
-            **settings["model"], "tasks": {"depth": 1}}}, {"model": {**settings["model"], "tasks": {"sal": 3}}})):
+    changes = [{"mean_std": "x"}, {"mean_std": []}, {"data": 5}, {"model": []}]
+    changes += [{"model": settings["model"] | {"tasks": tasks}} for tasks in ({"depth": 1}, {"sal": 3})]
+    for k, change in enumerate(changes):
         folder = run(f"other{k}", json.dumps(settings | change), whole)
         assert "broken, or made by other code" in fails(capsys, evaluate.main, folder, "--device", "cpu")
     for k, content in enumerate((b"[]", b"\xff\xfe", b"5")):
@@ -2877,16 +3071,23 @@ def test_a_run_of_an_earlier_version_is_judged_but_not_continued(trained, mini, 
     assert "earlier version" in fails(capsys, train.main, "--data", mini, "--out", run, *SHORT)
 
 
-def test_every_ctrl_c_is_heard(mini, tmp_path, capsys):
-    """Twenty trainings of one run, each interrupted a little later, wherever it is then."""
+def test_every_ctrl_c_is_heard(mini, trained, tmp_path, capsys):
+    """Twenty trainings of one run, each interrupted a little later, wherever it is then. (The training of
+    `trained` has imported what torch imports late: a module that is half imported fails in this process.)"""
     for n in range(20):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # after the first one no more are heard
         sent = []
-        timer = threading.Timer(0.03 * n, lambda: sent.append(time.monotonic()) or os.kill(os.getpid(), signal.SIGINT))
+
+        def interrupt():
+            sent.append(time.monotonic())
+            os.kill(os.getpid(), signal.SIGINT)
+
+        timer = threading.Timer(0.05 + 0.03 * n, interrupt)
         timer.start()
         with pytest.raises(SystemExit) as stop:
             train.main(flags(mini, tmp_path / "run", "--epochs", "9999"))
         assert stop.value.code == 130 and time.monotonic() - sent[0] < 2
-        timer.join()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     assert capsys.readouterr().err.count("interrupted") == 20
 
 

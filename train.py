@@ -579,7 +579,7 @@ def main(argv=None):
     flag("--micro-batch", some, "N", "images at a time on one device; gradients add up to the batch's, "
          "router noise and mutual information are each part's own (default: all)")
     flag("--lr", number(float, 1e-9), "X", f"highest learning rate {both('lr')}")
-    flag("--seed", count, "N", "of everything random", 0)
+    flag("--seed", number(int, 0, 1_000_000_000), "N", "of everything random", 0)
     flag("--device", str, "NAME", "cpu, cuda, … (default: cuda where there is one)")
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
     group.add_argument("--checkpointing", action="store_true",
