@@ -1126,14 +1126,6 @@ def test_suppress_is_the_pixel_loop(shape):
         assert (abs(single - suppress(prob)) > 1e-5).mean() < 0.02  # ties of rounding only
 
 
-def test_suppress_keeps_the_ridge():
-    """A blurred vertical line becomes its crest, faded towards the border."""
-    prob = np.exp(-((np.arange(41) - 20.0) ** 2) / 8) * np.ones((37, 1))
-    kept = suppress(prob)
-    assert (np.flatnonzero(kept[18]) == [20]).all()
-    assert np.allclose(kept[:7, 20], [0, 0.2, 0.4, 0.6, 0.8, 1, 1])
-
-
 def pairs(predicted, gt, reach):
     """(predicted, truth) bool: which pairs may match."""
     a, b = np.argwhere(predicted), np.argwhere(gt)
@@ -1279,23 +1271,6 @@ def test_exactly_at_a_threshold_is_not_above_it():
     for kind in (np.float32, np.float64):
         counts = edge_counts(prob.astype(kind), points((23, 29), (10, 10)), THRESHOLDS[19:22], nms=False)
         assert counts.tolist() == [[1, 1, 1], [0, 0, 1], [0, 0, 1]]
-
-
-def test_no_match_around_the_image_border():
-    """Rows are not joined end to start."""
-    prob = points((20, 30), (5, 29)).astype(float)
-    assert edge_counts(prob, points((20, 30), (6, 0)), [0.5], 0.1, False).tolist() == [[0, 1, 1]]
-
-
-def test_one_to_one():
-    """Two predicted pixels around one truth pixel match once; and a path must move a match to make room."""
-    shape = (23, 29)
-    gt = points(shape, (10, 10))
-    prob = points(shape, (10, 8), (10, 12)).astype(float)
-    assert edge_counts(prob, gt, [0.5], 0.1, False).tolist() == [[1, 2, 1]]
-    gt = points(shape, (10, 10), (10, 13))
-    prob = points(shape, (10, 8), (10, 11)).astype(float)  # 11 is nearer to 10, which 8 needs
-    assert edge_counts(prob, gt, [0.5], 0.1, False).tolist() == [[2, 2, 2]]
 
 
 def test_nothing_predicted_and_no_truth():
