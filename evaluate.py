@@ -577,6 +577,7 @@ def judge_run(run, args, device):
     root = Path(args.data or run.settings["data"])
     if not args.data and not root.exists():
         raise UserError(f"{run.folder} was trained on {root}, which is not there: name it, --data DIR")
+    data.remove_leavings(run.folder)
     dataset = data.PascalContext(root, "val", run.config.image, run.config.tasks)
     if args.ids:
         dataset.ids = select_ids(dataset.ids, args.ids)
