@@ -92,36 +92,26 @@ PART_OF = {name: index for index, names in enumerate((
     "llarm rlarm lhand rhand", "luleg ruleg", "llleg rlleg lfoot rfoot"), 1) for name in names.split()}
 
 
-def eight_bits(image):
-    """An image of Pillow's with 8 bits a channel: 16 are scaled. Raises Fault for other depths."""
-    if image.mode == "F" or image.mode.startswith("I"):
-        values = np.asarray(image)
-        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise Fault("range", f"holds {values.dtype} numbers up to {values.max():g}: expected 8 or 16 bits")
-        image = Image.fromarray((values // 257).astype(np.uint8))
-    return image
-
-
 def decode_image(path, size):
-    with Image.open(path) as image:
+    with open_image(path) as image:
         return np.array(eight_bits(image).convert("RGB")).transpose(2, 0, 1)             # (3, H, W)
 
 
 def decode_normals(path, size):
-    with open_png(path) as image:  # it may have a size of its own
+    with open_image(path) as image:  # it may have a size of its own
         image = eight_bits(image).convert("RGB").resize(size, Image.BILINEAR)
         return np.array(image).transpose(2, 0, 1)                                        # (3, H, W)
 
 
 def decode_saliency(path, size):
-    with open_png(path) as image:  # this one, too
-        return np.asarray(eight_bits(image).convert("L").resize(size, Image.NEAREST))[None] > 127  # (1, H, W)
+    with open_image(path) as image:  # this one, too
+        image = eight_bits(image).convert("L").resize(size, Image.NEAREST)
+        return np.asarray(image)[None] > 127                                             # (1, H, W)
 
 
 def decode_semseg(path, size):
-    # a palettised PNG gives its indices, not its colours
-    with open_png(path) as image:
-        classes = np.asarray(image)
+    with open_image(path) as image:
+        classes = np.asarray(image)  # of a palettised PNG its indices, not its colours
     if classes.ndim != 2:
         raise Fault("range", "has colours: expected one channel of class numbers")
     return whole_numbers(classes, TASKS["semseg"].channels - 1, IGNORE)[None]            # (1, H, W)
@@ -142,20 +132,31 @@ def decode_labelmap(path, size):
     return np.stack([labels & 255, labels >> 8])                                         # (2, H, W)
 
 
-def open_png(path):
-    """An open image of Pillow's, which takes a PNG whose rows end too early for one that is black there."""
-    data = Path(path).read_bytes()
-    if data[1:4] == b"PNG":
-        width, height, depth, colours, *_, interlaced = struct.unpack(">IIBBBBB", data[16:29])
+def open_image(path):
+    """Pillow's image, which is black where the rows of a PNG end too early: here that is a Fault."""
+    png = Path(path).read_bytes()
+    if png.startswith(b"\x89PNG"):
+        width, height, depth, colours, _, _, interlaced = struct.unpack(">IIBBBBB", png[16:29])
+        row = 1 + (width * depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colours] + 7) // 8  # bytes
         packed, at = b"", 8
-        while at + 8 <= len(data):
-            length, kind = struct.unpack(">I4s", data[at:at + 8])
-            packed += data[at + 8:at + 8 + length] if kind == b"IDAT" else b""
+        while at + 8 <= len(png):
+            length, kind = struct.unpack(">I4s", png[at:at + 8])
+            packed += png[at + 8:at + 8 + length] if kind == b"IDAT" else b""
             at += 12 + length
-        bits = width * depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colours]
-        if not interlaced and len(zlib.decompressobj().decompress(packed)) < height * (1 + (bits + 7) // 8):
+        if not interlaced and len(zlib.decompressobj().decompress(packed)) < row * height:
             raise Fault("unreadable", "ends within its rows: replace the file by a good copy")
     return Image.open(path)
+
+
+def eight_bits(image):
+    """Pillow's image with 8 bits a channel: 16 are scaled. Raises Fault for other depths."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise Fault("range", f"holds {values.dtype} numbers up to {values.max():g}: expected 8 or "
+                                 "16 bits")
+        image = Image.fromarray((values // 257).astype(np.uint8))
+    return image
 
 
 def whole_numbers(values, most, other=0):
@@ -233,7 +234,7 @@ def read_planes(root, id, maps, image=None):
     return np.concatenate([image, *(read_map(root, name, id, size) for name in maps if name != "image")])
 
 
-# -------------------------------------------------------------------------------------------- the ground truth
+# ------------------------------------------------------------------------------------------- the ground truth
 
 
 def boundaries(labels):
@@ -352,13 +353,10 @@ def normalise(images, mean_std):
 
 def locate(root):
     """The folder that holds the data set. Raises UserError, which tells a better path where there is one."""
-    root = Path(root)
-    if not root.exists():
-        raise UserError(f"no data folder {root}: expected a folder "
-                        "in PASCAL-Context's layout, or the word demo")
+    root, train = Path(root), LISTS.format("train")
     if not root.is_dir():
-        raise UserError(f"{root} is a file: expected a folder in PASCAL-Context's layout")
-    train = LISTS.format("train")
+        found = f"{root} is a file" if root.exists() else f"no data folder {root}"
+        raise UserError(f"{found}: expected a folder in PASCAL-Context's layout, or the word demo")
     if not (root / train).is_file():
         below = [folder for folder in sorted(root.glob("*")) if (folder / train).is_file()]
         hint = f"did you mean {below[0]}?" if below else "expected a folder in PASCAL-Context's layout"
@@ -371,14 +369,12 @@ def read_ids(root, split):
     path = locate(root) / LISTS.format(split)
     with reading(path, "expected one image id a line"):
         ids = path.read_text(encoding="utf-8").split()
-    for id in ids:
-        if not re.fullmatch(r"\w[\w.-]*", id):
-            raise UserError(f"{path} holds the id {id!r}: expected letters, digits, _ . - and no path")
-    twice = [id for id, n in collections.Counter(ids).items() if n > 1]
-    if twice:
-        raise UserError(f"{path} lists {twice[0]} twice: keep one of the lines")
-    if not ids:
-        raise UserError(f"{path} is empty: expected one image id a line")
+    strange = [id for id in ids if not re.fullmatch(r"\w[\w.-]*", id)]
+    if strange:
+        raise UserError(f"{path} holds the id {strange[0]!r}: expected letters, digits, _ . - and no path")
+    if not ids or len(set(ids)) < len(ids):
+        found = next((f"lists {id} twice" for id in ids if ids.count(id) > 1), "is empty")
+        raise UserError(f"{path} {found}: expected every id once")
     return ids
 
 
@@ -447,7 +443,8 @@ def warp(canvas, sizes, side, mean_std, tasks=TASKS, target_to_source=None):
     if target_to_source is None:
         target_to_source = torch.eye(2).expand(len(canvas), 2, 2)
     rotation = target_to_source / target_to_source.det().abs().sqrt()[:, None, None]  # or mirrored rotation
-    target_to_source, rotation = (x.to(canvas.device, non_blocking=True) for x in (target_to_source, rotation))
+    target_to_source = target_to_source.to(canvas.device, non_blocking=True)
+    rotation = rotation.to(canvas.device, non_blocking=True)
     size = sizes.flip(1)[:, None, None].float()  # (B, 1, 1, 2) width, height
     steps = (torch.arange(side, device=canvas.device) + 0.5) / side - 0.5
     target = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), -1)                # (S, S, 2) x, y
@@ -505,8 +502,6 @@ def build_cache(root, ids, tasks=TASKS, cache=None):
         for name in maps_of(tasks):
             (folder / name).mkdir(parents=True, exist_ok=True)
             remove_leavings(folder / name)
-            write_atomically(folder / name / ".writable", lambda file: None)
-            (folder / name / ".writable").unlink()
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise UserError(f"cannot write the cache {folder} ({error.strerror}): "
@@ -523,83 +518,75 @@ def build_cache(root, ids, tasks=TASKS, cache=None):
 
 
 def _examine(job):
-    """One image: faults {map: Fault}, remarks, has parts, (sum, number) of channel 1 of floor normals."""
-    root, id, quick = job
-    faults, planes, size = {}, {}, None
+    """One image: {(map, kind of fault or remark): what was found}, and channel 1 of its floor normals."""
+    root, id = job
+    found, planes, size, floor = {}, {}, None, np.zeros(0)
     for name in maps_of(TASKS):
         try:
-            if quick:
-                find(root, name, id)
-            else:
+            path = find(root, name, id)
+            if size or name == "image":  # without its size the others can only be looked for
                 planes[name] = read_map(root, name, id, size)
                 size = size or planes["image"].shape[:0:-1]
+                if MAPS[name].resized and Image.open(path).size != size:
+                    found[name, "remark"] = "of another size than its image (legal: resized)"
         except Fault as fault:
-            faults[name] = fault
-            quick = quick or name == "image"  # without its size the others can only be looked for
-    remarks, down = [], np.zeros(0)
-    for name in planes:
-        if MAPS[name].resized:
-            with Image.open(find(root, name, id)) as image:
-                if image.size != size:
-                    remarks.append(f"{name} of another size than its image (legal: resized)")
-    people = "human_parts" in planes and bool(planes["human_parts"].any())
+            found[name, fault.kind] = str(fault)
+    if "human_parts" in planes and planes["human_parts"].any():
+        found["human_parts", "people"] = ""
     if "labelmap" in planes:
         labels = planes["labelmap"][0] + 256 * planes["labelmap"][1].astype(int)
         if not labels.all():
-            remarks.append("LabelMap 0 somewhere, a class without a name")
+            found["labelmap", "remark"] = "with LabelMap 0 somewhere, a class without a name"
         if "normals" in planes:
-            down = planes["normals"][1][labels == FLOOR] / 127.5 - 1
-    return faults, remarks, people, (float(down.sum()), down.size)
+            floor = planes["normals"][1][labels == FLOOR] / 127.5 - 1
+    return found, floor.sum(), floor.size
 
 
-def check(root, quick=False):
-    """Print what the data set holds and lacks; return the tasks that it could train, and (split, id) of the
-    images that have all that these need."""
-    faulty, images = set(), []
+KINDS = ("missing", "unreadable", "size", "range")  # of a Fault
+
+
+def check(root):
+    """Print what the data set holds and lacks; return the tasks that it could train, and the (split, id) of
+    the images that have all that these need."""
     splits = {split: read_ids(root, split) for split in ("train", "val")}
     both = sorted(set(splits["train"]) & set(splits["val"]))
     if both:
         print(f"in both train.txt and val.txt: {len(both)} ids, {', '.join(both[:3])}")
     heads = ("expected", "there", "missing", "unreadable", "wrong size", "bad values")
     print(f"{'split':6}{'kind':12}" + "".join(f"{head:>12}" for head in heads))
+    faulty = collections.defaultdict(set)  # map → ids
     for split, ids in splits.items():
-        counts = {name: collections.Counter() for name in maps_of(TASKS)}
-        told, remarks = collections.defaultdict(list), collections.Counter()
-        people, down, floor = 0, 0.0, 0
-        jobs, what = [(root, id, quick) for id in ids], f"check {split}"
-        found = progress(map(_examine, jobs), len(ids), what) if quick else parallel(_examine, jobs, what)
-        for id, (faults, notes, parts, (total, number)) in zip(ids, found):
-            images.append((split, id, faults.keys()))
-            faulty |= faults.keys()
-            for name, fault in faults.items():
-                counts[name][fault.kind] += 1
-                told[name, fault.kind].append((id, fault))
-            remarks.update(notes)
-            people, down, floor = people + parts, down + total, floor + number
-        for name, n in counts.items():
-            row = len(ids), len(ids) - n["missing"], n["missing"], n["unreadable"], n["size"], n["range"]
+        cases, down, floor = collections.defaultdict(list), 0.0, 0
+        examined = parallel(_examine, [(root, id) for id in ids], f"check {split}")
+        for id, (found, total, number) in zip(ids, examined):
+            for (name, kind), text in found.items():
+                cases[name, kind].append((id, text))
+                faulty[name].update({id} if kind in KINDS else ())
+            down, floor = down + total, floor + number
+        for name in maps_of(TASKS):
+            counts = [len(cases[name, kind]) for kind in KINDS]
+            row = (len(ids), len(ids) - counts[0], *counts)
             print(f"{split:6}{name:12}" + "".join(f"{number:12}" for number in row))
-        for (name, kind), cases in told.items():
-            where = f": {cases[0][1]}"
-            if kind == "missing":
-                where = f"; they belong at {' or '.join(MAPS[name].files)}"
-            print(f"  {name}, {kind}: {', '.join(id for id, _ in cases[:3])}{where}")
-        for remark, n in remarks.items():
-            print(f"  remark: {n} images with {remark}")
-        if not quick:
-            print(f"  {people / len(ids):.0%} of the images have human parts")
+        for (name, kind), found in cases.items():
+            if found and kind in KINDS:
+                told = f"belong at {' or '.join(MAPS[name].files)}" if kind == "missing" else found[0][1]
+                print(f"  {name}, {kind}: {', '.join(id for id, _ in found[:3])}: {told}")
+            if found and kind == "remark":
+                print(f"  remark: {len(found)} images, {name} {found[0][1]}")
+        print(f"  {len(cases['human_parts', 'people']) / len(ids):.0%} of the images have human parts")
         if floor:
             sign = ("as expected" if down < 0 else "UPSIDE DOWN: floors should look up; negate channel 1 in "
                     "decode_normals and delete the cache")
             print(f"  floor normals: mean of channel 1 is {down / floor:+.2f}, {sign}")
-    tasks = [task for task in TASKS if not both and not faulty & set(maps_of([task]))]
-    return tasks, [(split, id) for split, id, faults in images if not faults & set(maps_of(tasks))]
+    tasks = [task for task in TASKS if not both and not any(faulty[name] for name in maps_of([task]))]
+    spoilt = set().union(*(faulty[name] for name in maps_of(tasks)))
+    return tasks, [(split, id) for split, ids in splits.items() for id in ids if id not in spoilt]
 
 
 def draw_contact(root, images, tasks, path):
     """8 images of the data set, spread over `images` (pairs of split and id), with the targets of `tasks`."""
     rows, maps = [], maps_of(tasks)
-    for split, id in images[::max(1, len(images) // 8)][:8]:
+    for _, id in images[::max(1, len(images) // 8)][:8]:
         planes = torch.from_numpy(read_planes(root, id, maps))
         painted = [paint(TASKS[task], x[0].numpy()) for task, x in targets(planes[None], tasks).items()]
         rows.append([pick(planes, "image", maps).permute(1, 2, 0).numpy(), *painted])
@@ -694,10 +681,10 @@ class Fault(UserError):
 
     def __init__(self, kind, message):
         super().__init__(kind, message)
-        self.kind = kind
+        self.kind, self.message = kind, message
 
     def __str__(self):
-        return self.args[1]
+        return self.message
 
 
 @contextlib.contextmanager
@@ -722,8 +709,11 @@ def write_atomically(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except RuntimeError as error:  # torch.save's on a full disk
-        raise UserError(f"cannot write {path} ({str(error).splitlines()[0]}): make room on the disk") from None
+    except RuntimeError as error:  # torch.save's, who met something else: Ctrl-C, a full disk
+        if isinstance(error.__context__, (KeyboardInterrupt, OSError)):
+            raise error.__context__ from None
+        reason = str(error).split("\n")[0]
+        raise UserError(f"cannot write {path} ({reason}): make room, or name another folder") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -754,31 +744,30 @@ def pick_device(name=None, index=0):
         raise UserError(f"no device {name} here: expected cpu, or cuda where torch has it") from None
 
 
-def has_bfloat16(device):
-    """Whether the device computes bfloat16 by itself: GPUs from compute capability 8.0 on."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+def precision(device):
+    """bfloat16 on a GPU that computes it natively (compute capability 8.0 on), else float32."""
+    native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if native else torch.float32
 
 
 def autocast(device):
-    """bfloat16 on a GPU that has it, else the precision of the weights."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision(device) == torch.bfloat16)
 
 
 def command(parser, job, argv=None):
     """Parse the command line and do the job; whatever the user got wrong ends in one line and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # ↑, Δ, × and ° where the encoding lacks them
+        if hasattr(stream, "reconfigure"):  # where its encoding lacks ↑, Δ, × or °: ?
             stream.reconfigure(errors="replace")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = lambda message: parser.exit(2, f"error: {' '.join(message.split())}\n")
     args = parser.parse_args(argv)
-    listen()
     try:
-        return job(args)
+        with interrupts():
+            return job(args)
     except UserError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
-        listen(once_more=False)
         parser.exit(130, "\ninterrupted; the same command goes on or starts again\n")
     except BrokenPipeError:  # of `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -786,24 +775,34 @@ def command(parser, job, argv=None):
     except concurrent.futures.BrokenExecutor:
         parser.error("a worker process was killed, most likely for want of memory: free some and start again")
     except (MemoryError, torch.OutOfMemoryError) as error:
-        parser.error(f"out of memory ({error}): add --checkpointing, lower --micro-batch (train.py) or --size")
+        parser.error(f"out of memory ({error}): lower --micro-batch or --size, or add --checkpointing")
     except OSError as error:  # a full disk, a folder that cannot be written
         parser.error(f"{error.filename or 'a file'}: "
                      f"{error.strerror or error}; mend that or name another path")
 
 
-def listen(once_more=True):
-    """Hear every Ctrl-C: Python drops an exception that is raised while it destroys an object, a generator
-    for one, so it is raised again each second until `command` has caught it. After that none is heard."""
+@contextlib.contextmanager
+def interrupts():
+    """Hear Ctrl-C, always: Python drops an exception that is raised while it destroys an object, such as a
+    generator; so this one comes again each second until the block has ended. After it a second Ctrl-C is not
+    heard: nothing but the end of the process is left."""
     def interrupt(*_):
-        if hasattr(signal, "setitimer"):  # not on Windows
+        if hasattr(signal, "setitimer"):  # there is none on Windows
             signal.setitimer(signal.ITIMER_REAL, 1)
         raise KeyboardInterrupt
 
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, interrupt if once_more else signal.SIG_IGN)
+    heard = signal.getsignal(signal.SIGINT) != signal.SIG_IGN  # a job in the background ignores it
+    if heard:
+        signal.signal(signal.SIGINT, interrupt)
         if hasattr(signal, "setitimer"):
             signal.signal(signal.SIGALRM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise
+    finally:
+        if hasattr(signal, "setitimer"):
             signal.setitimer(signal.ITIMER_REAL, 0)
 
 
@@ -1044,6 +1043,32 @@ def _trace(axes, centres, bulges, eye, target, height, width, pixels):
     return view, rays, ids, depth
 
 
+def _normals(local, bulges, inverse):
+    """Unit normals (3, n) in the world of points `local` (3, n) on solids, in each solid's own space."""
+    size = abs(local)
+    flat = np.sign(local) * (size == np.where(bulges < 0, size.max(0), size[1]))  # a box, or a rod's ends
+    curved = local * np.stack([np.ones_like(bulges), bulges, np.ones_like(bulges)])
+    normal = np.einsum("nji,jn->in", inverse, np.where((bulges < 0) | (size[1] > .999), flat, curved))
+    return normal / np.linalg.norm(normal, axis=0)
+
+
+def _albedo(place, paints):
+    """Colours (3, n) before any light. place (3, n): metres from the solid's middle, paints (n, 7)."""
+    first, second, texture = np.split(paints.T, [3, 6])
+    mix = np.zeros(place.shape[1], np.float32)
+    for k, function in enumerate(TEXTURES.values()):
+        mix[texture[0] == k] = function(place[:, texture[0] == k])
+    return first + (second - first) * mix
+
+
+def _lit(points, solids, lamp, target, pixels):
+    """Whether the lamp sees each of points (3, n): by the depth of solids in its own picture of the scene."""
+    view, _, _, reach = _trace(*solids, lamp, target, pixels, pixels, 1.6 * pixels)
+    x, y, z = view @ (points - lamp[:, None])
+    x, y = (np.clip((q / z * 1.6 + .5) * pixels, 0, pixels - 1).astype(int) for q in (x, y))
+    return z < reach[y, x] + .1
+
+
 def _render(seed, height, width, fine, shadow, crowd, zoom=1):
     """A photo (H, W, 3), the names of the things, and for each pixel: which thing, which part, depth, normal.
 
@@ -1061,31 +1086,21 @@ def _render(seed, height, width, fine, shadow, crowd, zoom=1):
     lamp = target + 12 * np.array([rng.uniform(-.7, .7), .9, rng.uniform(-.8, 0)], np.float32)
 
     view, rays, ids, depth = _trace(axes, centres, bulges, eye, target, h, w, zoom * fine)
-    i = ids.ravel()
-    points = view.T @ (rays * depth).reshape(3, -1) + eye[:, None]
-    inverse = np.linalg.inv(axes)[i]
-    unit = np.einsum("nij,jn->in", inverse, points - centres[i].T)
-    size, bulge = abs(unit), bulges[i]
-    flat = np.sign(unit) * (size == np.where(bulge < 0, size.max(0), size[1]))
-    curved = unit * np.stack([np.ones_like(bulge), bulge, np.ones_like(bulge)])
-    normal = np.einsum("nji,jn->in", inverse, np.where((bulge < 0) | (size[1] > .999), flat, curved))
-    normal /= np.linalg.norm(normal, axis=0)
+    hit = ids.ravel()                                                                    # (n,) of all rays
+    points = view.T @ (rays * depth).reshape(3, -1) + eye[:, None]                       # (3, n)
+    inverse = np.linalg.inv(axes)[hit]
+    local = np.einsum("nij,jn->in", inverse, points - centres[hit].T)                    # (3, n)
+    normal = _normals(local, bulges[hit], inverse)
+    albedo = _albedo(local * np.linalg.norm(axes, axis=1)[hit].T, paints[hit])
 
-    first, second, texture = np.split(paints[i].T, [3, 6])
-    place, mix = unit * np.linalg.norm(axes, axis=1)[i].T, np.zeros(i.shape, np.float32)
-    for k, function in enumerate(TEXTURES.values()):
-        mix[texture[0] == k] = function(place[:, texture[0] == k])
     caster = ~np.isin([names[k] for k in owner], ROOM)
-    solids = axes[caster], centres[caster], bulges[caster]
-    lamp_view, _, _, reach = _trace(*solids, lamp, target, shadow, shadow, 1.6 * shadow)
-    x, y, z = lamp_view @ (points - lamp[:, None])
-    x, y = (np.clip((q / z * 1.6 + .5) * shadow, 0, shadow - 1).astype(int) for q in (x, y))
-    lit = (z < reach[y, x] + .1).reshape(h, w).astype(np.float32)
-    lit = scipy.ndimage.gaussian_filter(lit, max(h, w) / 200).ravel()
+    lit = _lit(points, (axes[caster], centres[caster], bulges[caster]), lamp, target, shadow)
+    lit = scipy.ndimage.gaussian_filter(lit.reshape(h, w).astype(np.float32), max(h, w) / 200).ravel()
     toward = (lamp - target) / np.linalg.norm(lamp - target)
     light, ambient = np.float32(rng.uniform([[.5], [.3]], [[.9], [.5]]) * rng.uniform(.85, 1.1, (2, 3)))
     shade = np.outer(light, lit * np.maximum(toward @ normal, 0)) + np.outer(ambient, .8 + .2 * normal[1])
-    image = ((first + (second - first) * mix) * shade).reshape(3, height, fine, width, fine).mean((2, 4))
+
+    image = (albedo * shade).reshape(3, height, fine, width, fine).mean((2, 4))
     image = scipy.ndimage.gaussian_filter(image * rng.uniform(1, 1.5), (0, *[rng.uniform(.2, .7)] * 2))
     image += rng.normal(0, rng.uniform(.005, .025), image.shape)
     photo = np.round(np.clip(image, 0, 1).transpose(1, 2, 0) ** .7 * 255).astype(np.uint8)
@@ -1192,7 +1207,6 @@ def main(argv=None):
                         help="render a demo of N training and M validation images into DIR")
     parser.add_argument("--size", type=int, default=DEMO["size"],
                         help="longest side of --make's images, pixels (default %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="check the names of the files only")
     return command(parser, run, argv)
 
 
@@ -1204,13 +1218,14 @@ def run(args):
             raise UserError(f"--make {train} {val} --size {args.size}: "
                             "expected 1 image or more, 32 to 4096 pixels")
         make_demo(root, train, val, args.size)
-    tasks, good = check(locate(root), args.quick)
-    if good and tasks and not args.quick:
+    tasks, images = check(locate(root))
+    if tasks:
         path = f"contact_{root.resolve().name}.png"
-        draw_contact(root, good, tasks, path)
+        draw_contact(root, images, tasks, path)
         print(f"drawn: {path}")
     if len(tasks) == len(TASKS):
-        return print("a training could start")
+        print("a training could start")
+        return 0
     print(f"a training could start with --tasks {','.join(tasks)}: all that these need is whole" if tasks else
           "a training could not start: mend what is listed above")
     return 1
