@@ -1,7 +1,6 @@
 """Adaptive Shared Experts (ASE): the whole model, from the gates to the heads.
 
-    python ase.py            what the model is made of: parameters by part, for every row of Table 1
-    python ase.py --bench    what the experts cost, beside their alternatives, in about four minutes
+    python ase.py    what the model is made of: parameters by part, for every row of Table 1
 
 A vision transformer (ViT) pretrained on one task serves T dense-prediction tasks. Its weights stay frozen;
 beside them are trained: a LoRA of rank 4 on every linear layer, N LoRA experts of rank r in parallel with
@@ -20,15 +19,11 @@ give the result's shape.
 import argparse
 import json
 import math
-import os
-import platform
 import re
 import shlex
-import time
 import zipfile
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -138,12 +133,11 @@ class LoRAExperts(nn.Module):
     dropped token.
     """
 
-    def __init__(self, config):
+    def __init__(self, *, dim, tasks, experts, topk, shared, rank, gating="joint", noise=1.0):
         super().__init__()
-        self.config = config
-        tasks, experts, rank, dim = len(config.tasks), config.experts, config.rank, config.dim
+        self.topk, self.shared, self.gating, self.noise = topk, shared, gating, noise
         self.router = nn.Parameter(torch.empty(tasks, dim, experts))  # W_s, W_g of Eq. 6–7, transposed
-        self.router_noise = nn.Parameter(torch.zeros(tasks, dim, experts)) if config.noise else None
+        self.router_noise = nn.Parameter(torch.zeros(tasks, dim, experts)) if noise else None
         self.down = nn.Parameter(torch.empty(experts, rank, dim))     # A_i
         self.up = nn.Parameter(torch.empty(experts, rank, dim))       # B_i, transposed
         nn.init.normal_(self.router, std=0.02)
@@ -155,37 +149,35 @@ class LoRAExperts(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(1, 2)          # (T, B·L, D)
             z = torch.bmm(x, self.router.to(x.dtype))                                    # (T, B·L, N)
-            if self.training and self.config.noise:
+            if self.training and self.noise:
                 # Shazeer et al. 2017, Eq. 4: z + ε · softplus(W_noise x); the floor of 0.01 is their code's
                 deviation = F.softplus(torch.bmm(x, self.router_noise.to(x.dtype))) + 0.01
-                z = z + self.config.noise * deviation * torch.randn_like(z)              # (T, B·L, N)
+                z = z + self.noise * deviation * torch.randn_like(z)                     # (T, B·L, N)
         return z
 
     def forward(self, x):
         """x (T, B, L, D) → update (T, B, L, D), probs (T, N−S), gates (T, N), as in `Routing`."""
-        c = self.config
         z = self.logits(x)                                                               # (T, B·L, N)
-        gates = gate(z, c.shared, c.topk, c.gating)                                      # (T, B·L, N)
+        gates = gate(z, self.shared, self.topk, self.gating)                             # (T, B·L, N)
         update = self.mix(x.flatten(1, 2), gates)                                        # (T, B·L, D)
-        probs = z[..., c.shared:].softmax(-1).mean(1)                                    # (T, N−S)
+        probs = z[..., self.shared:].softmax(-1).mean(1)                                 # (T, N−S)
         return update.view_as(x), probs, gates.mean(1)
 
     def mix(self, x, gates):
         """Σ g_i E_i(x). x (T, B·L, D), gates (T, B·L, N) → (T, B·L, D)."""
         hidden = x @ self.down.flatten(0, 1).T                                           # (T, B·L, N·R)
-        hidden = hidden.unflatten(-1, (self.config.experts, -1)) * gates.to(hidden.dtype).unsqueeze(-1)
+        hidden = hidden.unflatten(-1, self.down.shape[:2]) * gates.to(hidden.dtype).unsqueeze(-1)
         return hidden.flatten(-2) @ self.up.flatten(0, 1)                                # (T, B·L, D)
 
     def reference(self, x):
         """The update without noise as the paper prints it: a loop over tasks, tokens and experts."""
-        c = self.config
+        shared, sparse = range(self.shared), range(self.shared, len(self.down))
         update = []
         for t, tokens in enumerate(x.flatten(1, 2)):
             for token in tokens:
                 z = token @ self.router[t]
-                shared, sparse = range(c.shared), range(c.shared, c.experts)
-                kept = sorted(sparse, key=lambda i: -z[i])[:c.topk]
-                if c.gating == "joint":
+                kept = sorted(sparse, key=lambda i: -z[i])[:self.topk]
+                if self.gating == "joint":
                     total = sum(z[i].exp() for i in [*shared, *kept])                    # Eq. 8–9
                     gates = {i: z[i].exp() / total for i in [*shared, *kept]}
                 else:
@@ -272,7 +264,11 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.norm2 = nn.LayerNorm(config.dim, eps=1e-6)
         self.mlp = FFN(config)
-        self.experts = LoRAExperts(config) if config.experts else None
+        self.experts = None
+        if config.experts:
+            self.experts = LoRAExperts(dim=config.dim, tasks=len(config.tasks), experts=config.experts,
+                                       topk=config.topk, shared=config.shared, rank=config.rank,
+                                       gating=config.gating, noise=config.noise)
 
     def forward(self, x):
         """x (T, B, L, D) → x, probs (T, N−S), gates (T, N); without experts None for these two."""
@@ -382,22 +378,12 @@ def count(model):
     return counts
 
 
-def multiply_adds(config):
-    """Multiply-adds of a forward pass by part, for one image and all tasks, as in evaluation."""
-    c, patches, tasks = config, (config.image // config.patch) ** 2, len(config.tasks)
-    passes = (tasks if c.experts else 1) * c.depth * (1 + patches)  # tokens that pass a block
-    last = int(math.log2(c.patch)) - 1
-    heads = sum(4 ** stage * 9 * (c.head_dim if stage else c.dim) for stage in range(last + 1))  # 3×3
-    heads = patches * c.head_dim * (tasks * heads + 4 ** last * sum(c.tasks.values()))           # and 1×1
-    embedding = patches * 3 * c.patch ** 2 * c.dim                                         # once for all
-    return {"backbone": embedding + passes * c.dim * (12 * c.dim + 2 * (1 + patches)),
-            "LoRA": passes * 16 * c.dim * c.lora, "experts": passes * 2 * c.dim * c.experts * c.rank,
-            "routers": passes * c.dim * c.experts, "heads": heads}
-
-
 # ----------------------------------------------------------------------------------------- pretrained weights
 
 WRAPPERS = ("model", "state_dict", "teacher")  # what a checkpoint may keep the weights under
+SHAPES = {(b["dim"], b["depth"], b["patch"]): name for name, b in BACKBONES.items()}
+PRESETS = "expected " + " or ".join("{} (width {}, {} blocks, patch {})".format(name, *shape)
+                                    for shape, name in SHAPES.items())
 
 # transformers' names of a ViT → timm's, in this order; the second of two is version 5's, in memory
 TRANSFORMERS = {
@@ -530,7 +516,7 @@ def read_backbone(source):
     for name in more:
         if not re.fullmatch(HARMLESS, name) or name.startswith("fc_norm") and "norm.weight" not in vit:
             kind = next(kind for pattern, kind in KINDS.items() if re.search(pattern, name))
-            raise ValueError(f"{path} holds {kind}: {name} is no part of a plain ViT; {presets()}")
+            raise ValueError(f"{path} holds {kind}: {name} is no part of a plain ViT; {PRESETS}")
     return Pretrained(path, {name: x for name, x in vit.items() if name not in more}, more + left)
 
 
@@ -540,25 +526,14 @@ def shape_of(state):
     return state["cls_token"].shape[-1], depth, state["patch_embed.proj.weight"].shape[-1]
 
 
-def shapes():
-    """{(width, depth, patch): preset in `BACKBONES`}."""
-    return {(b["dim"], b["depth"], b["patch"]): name for name, b in BACKBONES.items()}
-
-
-def presets():
-    """The end of an error: what is expected."""
-    return "expected " + " or ".join(
-        "{} (width {}, {} blocks, patch {})".format(name, *shape) for shape, name in shapes().items())
-
-
 def backbone_for(source):
     """The name of the preset that the weights in `source` fit, as in `read_backbone`. Raises ValueError."""
     path, state, _ = read_backbone(source)
     found = shape_of(state)
-    if found not in shapes():
+    if found not in SHAPES:
         raise ValueError("{} holds a ViT of width {}, {} blocks, patch {}: "
-                         "{}".format(path, *found, presets()))
-    return shapes()[found]
+                         "{}".format(path, *found, PRESETS))
+    return SHAPES[found]
 
 
 def load_backbone(model, source):
@@ -572,7 +547,7 @@ def load_backbone(model, source):
     own = {name: p for name, p in model.state_dict().items() if part(name) == "backbone"}
     found, wanted = shape_of(state), shape_of(own)
     if found != wanted:
-        advice = f"use --backbone {shapes()[found]}" if found in shapes() else presets()
+        advice = f"use --backbone {SHAPES[found]}" if found in SHAPES else PRESETS
         raise ValueError("{} holds a ViT of width {}, {} blocks, patch {}; the model has width {}, "
                          "{} blocks, patch {}: {}".format(path, *found, *wanted, advice))
     told = f"{len(own)} tensors loaded from {path}"
@@ -613,189 +588,11 @@ TABLE1 = {  # row → the paper's parameters in millions, what they are here
 }
 
 
-class AlwaysOn(nn.Module):
-    """The yardstick: one LoRA beside the FFN, as wide as all experts together, without a router."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.down = nn.Parameter(0.02 * torch.randn(config.experts * config.rank, config.dim))
-        self.up = nn.Parameter(0.02 * torch.randn(config.experts * config.rank, config.dim))
-
-    def forward(self, x):
-        return x @ self.down.T @ self.up, x.new_zeros(len(x), 0), x.new_zeros(len(x), 0)
-
-
-class Loop(LoRAExperts):
-    """Sparse dispatch as it is usually written: one expert after another, on the tokens that selected it."""
-
-    def mix(self, x, gates):
-        tokens, gates = x.flatten(0, 1), gates.flatten(0, 1).to(x.dtype)
-        y = torch.zeros_like(tokens)
-        for i in range(self.config.experts):
-            at = gates[:, i].nonzero()[:, 0]
-            y.index_add_(0, at, tokens[at] @ self.down[i].T @ self.up[i] * gates[at, i, None])
-        return y.view_as(x)
-
-
-class Gather(LoRAExperts):
-    """Sparse dispatch without a loop: every token fetches the matrices of its own K + S experts."""
-
-    def mix(self, x, gates):
-        g, chosen = gates.topk(self.config.topk + self.config.shared, sorted=False)      # (T, B·L, K+S)
-        hidden = torch.einsum("tld,tlkrd->tlkr", x, self.down[chosen]) * g.to(x.dtype).unsqueeze(-1)
-        return torch.einsum("tlkr,tlkrd->tld", hidden, self.up[chosen])
-
-
-def compare(functions, rounds=7):
-    """Time {name: function} in turn → {name: cell}: the first one's milliseconds, and the median of the
-    others' ratios to it, ± half the distance between their quartiles."""
-    times = {name: [] for name in functions}
-    for n in range(rounds + 1):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            times[name] += [time.perf_counter() - start] if n else []  # the first round warms up
-    first, *others = (torch.tensor(t) for t in times.values())
-    cells = [f"{1e3 * first.median():.1f} ms"]
-    for t in others:
-        low, median, high = (t / first).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
-        cells.append(f"{median:.2f} ±{(high - low) / 2:.2f}")
-    return dict(zip(functions, cells))
-
-
-# operators by a part of their name → what `profile` calls them, the first one that fits
-OPERATORS = {"mm": "linear layers", "attention": "attention", "convolution": "convolutions",
-             "upsample": "upsampling", "layer_norm": "norms", "group_norm": "norms", "gelu": "GELU, ReLU",
-             "clamp_min": "GELU, ReLU", "threshold": "GELU, ReLU", "adamw": "AdamW", "": "the rest"}
-
-
-def profile(step):
-    """{kind of operator: share of the time of `step`}. A product with a side of at most N·r = 64 is an
-    expert's, a router's or a LoRA's."""
-    spent = dict.fromkeys(("linear layers", "LoRA, experts, routers", *OPERATORS.values()), 0)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler tells when it starts and stops
-    with torch.profiler.profile(record_shapes=True) as record:
-        step()
-    duration = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    for event in record.key_averages(group_by_input_shape=True):
-        if event.device_type == torch.autograd.DeviceType.CPU:  # on a GPU, too: operators, not their kernels
-            kind = next(kind for key, kind in OPERATORS.items() if key in event.key)
-            sides = [side for shape in event.input_shapes for side in shape if isinstance(side, int)]
-            if kind == "linear layers" and min(sides, default=65) <= 64:
-                kind = "LoRA, experts, routers"
-            spent[kind] += getattr(event, duration)
-    return {kind: f"{t / sum(spent.values()):.1%}" for kind, t in spent.items()}
-
-
-def bench():
-    """Print what the experts cost at ViT-base width for one image, five tasks of 197 tokens each, and where
-    the time of a step goes."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    native = device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)  # else emulated, slow
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=native)
-    x = torch.randn(5, 1, 197, 768, device=device, requires_grad=True)
-    images = torch.randn(1, 3, 224, 224, device=device)
-
-    def build(layer, numbers, **shape):
-        model = ASE(Config(**dict(zip(("experts", "topk", "shared", "rank"), numbers)), **shape))
-        for block in model.blocks:
-            block.experts = layer and layer(model.config)
-        return model.to(device)
-
-    def forward(layer):
-        with torch.inference_mode(), autocast:
-            layer.eval()(x)
-        layer.train()
-
-    def total(y):
-        return y.float().sum() if torch.is_tensor(y) else sum(map(total, y))
-
-    def both(function, x):
-        with autocast:
-            y = function(x)
-        total(y).backward()
-
-    def step_of(model, images):
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
-
-        def step():
-            both(lambda x: model(x)[0].values(), images)
-            optimizer.step()
-            optimizer.zero_grad()
-        return step
-
-    def kept_by(block):
-        """MB that a block keeps for its backward pass, parameters left out."""
-        kept = {}
-
-        def note(t):
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), autocast:
-            block(x)
-        for p in block.parameters():
-            kept.pop(p.untyped_storage().data_ptr(), None)
-        return f"{sum(kept.values()) / 1e6:.0f}"
-
-    def show(title, rows, cells):
-        print(f"{title:24}" + "".join(f"{head:>17}" for head in cells))
-        for row in rows:
-            print(f"{row:24}" + "".join(f"{column.get(row, '–'):>17}" for column in cells.values()))
-
-    settings = ((16, 3, 1, 4), (32, 6, 2, 2), (64, 12, 4, 1), (128, 24, 8, 1), (256, 48, 16, 1))
-    rows = {"one LoRA of rank 64": (AlwaysOn, settings[1]), "no experts": (None, settings[1])}
-    rows |= {"fused ({}/{}/{}/{})".format(*numbers): (LoRAExperts, numbers) for numbers in settings}
-    rows |= {"loop (32/6/2/2)": (Loop, settings[1]), "gather (32/6/2/2)": (Gather, settings[1])}
-    columns, memory = defaultdict(dict), {}
-    for name, (layer, numbers) in rows.items():
-        whole = numbers == settings[1] and layer is not Gather
-        model = build(layer, numbers, depth=12 if whole else 1)
-        block = model.blocks[0]
-        memory[name] = kept_by(block)
-        if layer:
-            columns["layer, forward"][name] = partial(forward, block.experts)
-            columns["layer, fwd+bwd"][name] = partial(both, block.experts, x)
-        columns["block, fwd+bwd"][name] = partial(both, block, x)
-        if whole:
-            columns["features, f+b"][name] = partial(both, model.features, images)
-        if whole and layer is not Loop:
-            columns["step"][name] = step_of(model, images)
-    cells = {head: compare(functions) for head, functions in columns.items()} | {"MB kept": memory}
-    machine = f"{platform.machine()} CPU with {torch.backends.cpu.get_cpu_capability()}"
-    if device.type == "cuda":
-        machine = torch.cuda.get_device_name()
-    print(f"ViT-base, one image, five tasks; {machine}, {torch.get_num_threads()} threads, "
-          f"torch {torch.__version__}\nfirst row: time; others: relative to it, medians of 7 rounds, "
-          "± half the distance of the quartiles\n")
-    show("(N/k/S/r)", rows, cells)
-
-    cells = {}
-    for rank in (4, 16, 64, 256):
-        layers = {kind: build(layer, (16, 3, 1, rank), depth=1).blocks[0].experts
-                  for kind, layer in (("fused", LoRAExperts), ("loop", Loop))}
-        cells[f"N·r = {16 * rank}"] = compare({kind: partial(both, f, x) for kind, f in layers.items()})
-    print("\nSparse dispatch computes a quarter of it (N = 16, k + S = 4); layer, fwd+bwd:")
-    show("", layers, cells)
-
-    demo = build(LoRAExperts, settings[1], **BACKBONES["vit_tiny"])
-    steps = {"ViT-base": columns["step"]["fused (32/6/2/2)"],
-             "demo, 8 images": step_of(demo, torch.randn(8, 3, 112, 112, device=device))}
-    steps["demo, 8 images"]()  # warms up
-    shares = {name: profile(step) for name, step in steps.items()}
-    print("\nWhere the time of a step of (32/6/2/2) goes, by operator (torch.profiler):")
-    show("", shares["ViT-base"], shares)
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = lambda message: parser.exit(2, f"error: {message}: `python ase.py --help` tells what is\n")
-    parser.add_argument("--bench", action="store_true", help="time the experts beside their alternatives")
-    if parser.parse_args(argv).bench:
-        return bench()
+    parser.parse_args(argv)
 
     def parameters(config):
         with torch.device("meta"):
@@ -804,8 +601,7 @@ def main(argv=None):
     rows = {row: parameters(config) for row, (_, config) in TABLE1.items()}
     names = [name for name in PARTS if any(counts[name][0] for counts in rows.values())]
     print("ViT-base at 224×224, five tasks; (N/k/S/r) as in the paper's Table 1. Parameters in millions:\n")
-    heading = f"{'':20}" + "".join(f"{name:>11}" for name in names) + f"{'total':>9}"
-    print(heading + f"{'trained':>9}{'paper':>7}")
+    print(f"{'':20}" + "".join(f"{name:>11}" for name in names) + f"{'total':>9}{'trained':>9}{'paper':>7}")
     for row, counts in rows.items():
         total, trained = (sum(c[i] for c in counts.values()) / 1e6 for i in (0, 1))
         parts = "".join(f"{counts[name][0] / 1e6:11.2f}" for name in names)
@@ -813,12 +609,6 @@ def main(argv=None):
     plain = {c.experts: parameters(replace(c, noise=0)) for _, c in TABLE1.values() if c.experts}
     print("Without router noise (noise = 0) the total is " + ", ".join(
         f"{sum(total for total, _ in counts.values()) / 1e6:.2f} for N = {n}" for n, counts in plain.items()))
-    print("\nMultiply-adds for one image and all five tasks, forward, in billions:")
-    print(heading)
-    for row, (_, config) in TABLE1.items():
-        work = multiply_adds(config)
-        parts = "".join(f"{work.get(name, 0) / 1e9:11.2f}" for name in names)
-        print(f"{row:20}{parts}{sum(work.values()) / 1e9:9.2f}")
 
 
 if __name__ == "__main__":

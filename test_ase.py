@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -32,9 +33,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_flow
 from scipy.spatial import cKDTree
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 import ase
 import data
@@ -69,6 +68,12 @@ both_gatings = pytest.mark.parametrize("gating", ["joint", "fixed"])
 
 def small(**changes):
     return ase.Config(**(SMALL | changes))
+
+
+def experts_of(config, layer=ase.LoRAExperts):
+    """The expert layer that a block of this configuration has, or an alternative to it."""
+    names = ("dim", "experts", "topk", "shared", "rank", "gating", "noise")
+    return layer(tasks=len(config.tasks), **{name: getattr(config, name) for name in names})
 
 
 def random(*shape, seed=1):
@@ -173,7 +178,7 @@ def test_without_experts_k_s_and_r_do_not_matter(change):
 @pytest.mark.parametrize("experts, topk, shared, rank", [(7, 3, 2, 4), (5, 2, 0, 1), (3, 1, 2, 2)])
 def test_fused_experts_equal_the_loop_in_output_and_gradients(experts, topk, shared, rank, gating):
     config = small(experts=experts, topk=topk, shared=shared, rank=rank, gating=gating)
-    layer = randomise(ase.LoRAExperts(config))
+    layer = randomise(experts_of(config))
     x = random(2, 3, 5, 18).requires_grad_()
     fused, loop = layer(x)[0], layer.reference(x)
     torch.testing.assert_close(fused, loop, rtol=1e-10, atol=1e-11)
@@ -188,7 +193,7 @@ def test_fused_experts_equal_the_loop_in_output_and_gradients(experts, topk, sha
 @both_gatings
 def test_update_and_routing_are_what_numpy_finds(gating):
     """Σ g_i B_i A_i x by matrices; routing is a mean over B·L tokens, shared first, probs before top-k."""
-    layer = randomise(ase.LoRAExperts(small(gating=gating)))
+    layer = randomise(experts_of(small(gating=gating)))
     x = random(2, 3, 5, 18)
     update, probs, gates = (y.detach().numpy() for y in layer(x))
     router, down, up = (p.detach().numpy() for p in (layer.router, layer.down, layer.up))
@@ -206,7 +211,7 @@ def test_update_and_routing_are_what_numpy_finds(gating):
 def test_noise_has_its_learned_size_in_training_and_is_absent_in_evaluation(factor):
     """20,000 copies of a token: the spread of a logit is softplus(W_noise x) + 0.01, its mean the logit."""
     torch.manual_seed(0)
-    layer = randomise(ase.LoRAExperts(small(noise=factor))).train()
+    layer = randomise(experts_of(small(noise=factor))).train()
     layer.router_noise.data *= 0.1
     token = random(2, 1, 1, 18)
     copies = token.expand(2, 4, 5000, 18)
@@ -221,7 +226,7 @@ def test_noise_has_its_learned_size_in_training_and_is_absent_in_evaluation(fact
 
 
 def test_without_noise_there_is_no_matrix_for_it_and_no_random_number():
-    layer = randomise(ase.LoRAExperts(small(noise=0.0))).train()
+    layer = randomise(experts_of(small(noise=0.0))).train()
     assert [name for name, _ in layer.named_parameters()] == ["router", "down", "up"]
     x, state = random(2, 3, 5, 18), torch.get_rng_state()
     torch.testing.assert_close(layer.logits(x), torch.einsum("tabd,tdn->tabn", x, layer.router).flatten(1, 2))
@@ -229,7 +234,7 @@ def test_without_noise_there_is_no_matrix_for_it_and_no_random_number():
 
 
 def test_a_fresh_layer_starts_as_the_paper_page_says():
-    layer, linear = ase.LoRAExperts(small(dim=300)), ase.LoRALinear(300, 7, 4)
+    layer, linear = experts_of(small(dim=300)), ase.LoRALinear(300, 7, 4)
     # an optimiser's state goes by this order
     assert [name for name, _ in layer.named_parameters()] == ["router", "router_noise", "down", "up"]
     assert layer.up.eq(0).all() and layer.router_noise.eq(0).all() and linear.lora_up.eq(0).all()
@@ -441,7 +446,7 @@ def test_mutual_information_is_its_definition_and_has_its_extremes():
 
 
 def test_mutual_information_trains_the_sparse_columns_of_the_routers():
-    layer = randomise(ase.LoRAExperts(small())).train()
+    layer = randomise(experts_of(small())).train()
     ase.mutual_information(layer(random(2, 3, 5, 18))[1][None]).sum().backward()
     assert layer.router.grad.abs().sum((0, 1)).gt(0).tolist() == [False] * 2 + [True] * 5
     assert layer.up.grad is None and layer.down.grad is None
@@ -530,7 +535,7 @@ def test_routers_stay_in_float32_under_autocast_and_in_a_model_of_bfloat16():
         z = model.blocks[0].experts.logits(x)
         routing = model.features(torch.randn(3, 3, 8, 8))[1]
     torch.testing.assert_close(z, x.flatten(1, 2) @ model.blocks[0].experts.router)
-    half = ase.LoRAExperts(small()).bfloat16()
+    half = experts_of(small()).bfloat16()
     update, probs, gates = half(x.bfloat16())
     assert update.dtype == torch.bfloat16
     assert {y.dtype for y in (*routing, probs, gates)} == {torch.float32}
@@ -839,67 +844,13 @@ def test_the_command_prints_every_row_of_table_1(capsys):
     rows = capsys.readouterr().out.splitlines()
     # 5 tasks · 768 · N numbers in each of 12 blocks less
     assert rows[9].endswith(" 106.04 for N = 16, 106.77 for N = 32, 108.25 for N = 64")
-    for name, total, row, work in zip(ase.TABLE1, TABLE1, rows[3:9], rows[13:], strict=True):
+    for name, total, row in zip(ase.TABLE1, TABLE1, rows[3:9], strict=True):
         c = ase.TABLE1[name][1]
         assert c.experts == 0 or name.endswith(f"({c.experts}/{c.topk}/{c.shared}/{c.rank})")
         with torch.device("meta"):
             parameters = list(ase.ASE(c).parameters())
         assert row.startswith(name) and total in row.split()
         assert f"{sum(p.numel() for p in parameters) / 1e6:.2f}" == total
-        assert work.startswith(name) and work.endswith(f"{sum(ase.multiply_adds(c).values()) / 1e9:.2f}")
-
-
-@pytest.mark.parametrize("dispatch", [ase.Loop, ase.Gather])
-@both_gatings
-def test_sparse_dispatch_computes_what_the_fused_experts_do(dispatch, gating):
-    config = small(gating=gating)
-    fused, sparse = randomise(ase.LoRAExperts(config)).eval(), randomise(dispatch(config)).eval()
-    sparse.load_state_dict(fused.state_dict())
-    x = random(2, 3, 5, 18)
-    results = []
-    for layer in (fused, sparse):
-        update = layer(x)[0]
-        (update * random(*x.shape)).sum().backward()
-        results.append((update, layer.down.grad, layer.up.grad, layer.router.grad))
-    torch.testing.assert_close(*results)
-
-
-def test_the_bench_builds_every_row_and_times_in_turn(capsys, monkeypatch):
-    called = []
-    times = ase.compare({name: lambda name=name: called.append(name) for name in "abc"}, rounds=2)
-    assert called == list("abcabcabc") and times["a"].endswith("ms") and "±" in times["c"]
-
-    def once(functions):
-        next(iter(functions.values()))() if len(functions) not in (3, 4) else None  # not the whole model
-        return dict.fromkeys(functions, "timed")
-
-    monkeypatch.setattr(ase, "compare", once)
-    monkeypatch.setattr(ase, "profile", lambda step: {"a kind": "profiled"})
-    ase.main(["--bench"])
-    told = capsys.readouterr().out
-    assert told.count("timed") == 2 * 8 + 9 + 4 + 3 + 2 * 4 and told.count("profiled") == 2
-
-
-@pytest.mark.parametrize(
-    "sides, kind", [((300, 300), "linear layers"), ((300, 64), "LoRA, experts, routers")])
-def test_a_profile_tells_thin_products_from_wide_ones(sides, kind, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    x, weight = torch.randn(700, 300), torch.randn(sides, requires_grad=True)
-    shares = ase.profile(lambda: (x @ weight).sum().backward())
-    shares = {name: float(share.removesuffix("%")) for name, share in shares.items()}
-    assert sum(shares.values()) == pytest.approx(100, abs=1)
-    others = {"linear layers", "LoRA, experts, routers", "convolutions"} - {kind}
-    assert shares[kind] > max(shares[other] for other in others) == 0
-
-
-@pytest.mark.parametrize("experts, lora", [(0, 0), (0, 3), (7, 0), (7, 3)])
-def test_multiply_adds_against_torchs_own_count(experts, lora):
-    c = ase.Config(image=24, patch=8, dim=26, depth=3, heads=2, head_dim=11, tasks={"a": 2, "b": 5},
-                   experts=experts, topk=3, shared=2, rank=5, lora=lora)
-    # the counter knows attention's products, but not the fused kernel of CPUs
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        ase.ASE(c).eval()(torch.zeros(1, 3, 24, 24))
-    assert 2 * sum(ase.multiply_adds(c).values()) == counter.get_total_flops()
 
 
 def test_an_unknown_flag_is_one_line_and_exit_code_2(capsys):
@@ -2861,20 +2812,18 @@ def test_the_check_sees_normals_upside_down(broken, tmp_path, capsys, monkeypatc
 # ------------------------------------------------------------------------------------------------ the training
 
 
-def test_weight_decay_acts_on_matrices_alone():
-    """A name with `weight` is a matrix but in a norm; task embeddings do not decay however they are stored."""
-    for change, pretrained in ((dict(), True), (dict(experts=0), True), (dict(experts=0), False)):
-        model = ase.ASE(small(**change))
-        names = {id(p): name for name, p in model.named_parameters()}
-        found = {}
-        for group in train.parameter_groups(model, pretrained):
-            for p in group["params"]:
-                found[names[id(p)]] = group["share"], group["weight_decay"]
-        assert found.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
-        for name, (share, decay) in found.items():
-            vector = name.endswith("bias") or re.search(r"norm|heads\.\w+\.layers\.[147]\.", name)
-            assert decay == (0 if vector or name == "task_embedding" else 0.01), name
-            assert share == (0.1 if pretrained and not re.match("heads|task", name) and change else 1), name
+@pytest.mark.parametrize("change, pretrained", [(dict(), True), (dict(experts=0), True), (dict(experts=0), False)])
+def test_weight_decay_acts_on_matrices_alone(change, pretrained):
+    """Not on biases, norms and task embeddings; pretrained weights that are trained move at a tenth."""
+    model = ase.ASE(small(**change))
+    norms = [name for name, module in model.named_modules() if isinstance(module, (nn.LayerNorm, nn.GroupNorm))]
+    vectors = {f"{name}.weight" for name in norms} | {"task_embedding"}
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {names[id(p)]: group for group in train.parameter_groups(model, pretrained) for p in group["params"]}
+    assert found.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    for name, group in found.items():
+        assert group["weight_decay"] == (0 if name in vectors or name.endswith("bias") else 0.01), name
+        assert group["lr_scale"] == (0.1 if pretrained and change and not name.startswith("heads") else 1), name
 
 
 def test_three_steps_are_those_written_out(mini, tmp_path):
@@ -2911,8 +2860,9 @@ def test_three_steps_are_those_written_out(mini, tmp_path):
                 mean, square = first / (1 - 0.9 ** (step + 1)), second / (1 - 0.999 ** (step + 1))
                 p -= rate * mean / (square.sqrt() + 1e-8)
     assert max(norms) > 10 > min(norms)
-    for name, p in trained.items():
-        np.testing.assert_allclose(found[name], p.detach(), rtol=0, atol=2e-4, err_msg=name)
+    for name, p in trained.items():  # Adam makes much of a gradient that is nearly zero: not each is the same
+        off = (found[name] - p.detach()).abs()
+        assert off.quantile(0.98) < 1e-5 and off.max() < 2e-3, (name, off.quantile(0.98), off.max())
 
 
 def test_four_images_are_learned_by_heart(tmp_path, monkeypatch):
@@ -3156,3 +3106,113 @@ def test_bad_input_of_data(tmp_path, capsys, mini):
     assert "exists" in fails(capsys, data.main, mini, "--make", 3, 3)
     assert "--make" in fails(capsys, data.main, tmp_path / "new", "--make", 0, 3)
     assert not (tmp_path / "new").exists()
+
+
+# ---------------------------------------------------------------------------------------- python test_ase.py
+
+
+class OneLoRA(nn.Module):
+    """The yardstick: one LoRA beside the FFN, as wide as all experts together, always on, without a router."""
+
+    def __init__(self, *, dim, experts, rank, **_):
+        super().__init__()
+        self.down = nn.Parameter(0.02 * torch.randn(experts * rank, dim))
+        self.up = nn.Parameter(0.02 * torch.randn(experts * rank, dim))
+
+    def forward(self, x):
+        nothing = x.new_zeros(len(x), 0)
+        return x @ self.down.T @ self.up, nothing, nothing
+
+
+class Loop(ase.LoRAExperts):
+    """Sparse dispatch as it is usually written: one expert after another, on the tokens that selected it."""
+
+    def mix(self, x, gates):
+        tokens, gates = x.flatten(0, 1), gates.flatten(0, 1).to(x.dtype)
+        y = torch.zeros_like(tokens)
+        for i, (down, up) in enumerate(zip(self.down, self.up)):
+            at = gates[:, i].nonzero()[:, 0]
+            y.index_add_(0, at, tokens[at] @ down.T @ up * gates[at, i, None])
+        return y.view_as(x)
+
+
+@both_gatings
+def test_sparse_dispatch_computes_what_the_fused_experts_do(gating):
+    config, x, results = small(gating=gating), random(2, 3, 5, 18), []
+    for layer in (randomise(experts_of(config)), randomise(experts_of(config, Loop))):
+        update = layer(x)[0]
+        (update * random(*x.shape)).sum().backward()
+        results.append((update, layer.down.grad, layer.up.grad, layer.router.grad))
+    torch.testing.assert_close(*results)
+
+
+def bench(rounds=7, image=224, width=768, depth=12, **shape):
+    """Time the expert layer and ViT-base with it for one image and five tasks, each beside its alternatives,
+    in turn. Prints a table: the first row's milliseconds, the others' time relative to it."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    machine = f"{platform.machine()} CPU with {torch.backends.cpu.get_cpu_capability()}"
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name()
+    print(f"ViT-base, one image, five tasks; {machine}, {torch.get_num_threads()} threads, torch "
+          f"{torch.__version__}\nfirst row: time; others: relative to it, medians of {rounds} rounds, ± half the "
+          "distance of the quartiles\n")
+    images = torch.randn(1, 3, image, image, device=device)
+    x = torch.randn(5, 1, 1 + (image // 16) ** 2, width, device=device, requires_grad=True)
+
+    def backward(y):
+        sum(map(torch.sum, y.values() if isinstance(y, dict) else y[:1])).backward()
+
+    def jobs(layer, experts, topk, shared, rank):
+        """{column: function} of a model whose blocks have this layer; the whole model at N = 32 alone."""
+        config = ase.Config(image=image, dim=width, depth=depth if experts == 32 else 1, experts=experts,
+                            topk=topk, shared=shared, rank=rank, **shape)
+        model = ase.ASE(config)
+        for block in model.blocks:
+            block.experts = layer and experts_of(config, layer)
+        model.to(device)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+        block = model.blocks[0]
+        found = {"block": lambda: backward(block(x))}
+        if layer:
+            found |= {"layer, forward": torch.no_grad()(lambda: block.experts(x)),
+                      "layer": lambda: backward(block.experts(x))}
+        if experts == 32:
+            found |= {"features": lambda: backward(model.features(images)),
+                      "step": lambda: (backward(model(images)[0]), optimizer.step(), optimizer.zero_grad())}
+        return found
+
+    rows = {"one LoRA of rank 64": (OneLoRA, 32, 6, 2, 2), "no experts": (None, 32, 6, 2, 2)}
+    rows |= {"fused ({}/{}/{}/{})".format(*n): (ase.LoRAExperts, *n) for n in (
+        (16, 3, 1, 4), (32, 6, 2, 2), (64, 12, 4, 1), (256, 48, 16, 1))}
+    rows |= {"loop (32/6/2/2)": (Loop, 32, 6, 2, 2)}
+    built = {name: jobs(*row) for name, row in rows.items()}
+    columns = ("layer, forward", "layer", "block", "features", "step")
+    table = {name: [] for name in rows}
+    for column in columns:
+        times = {name: [] for name in rows if column in built[name]}
+        for n in range(rounds + 1):
+            for name in times:
+                start = time.perf_counter()
+                built[name][column]()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                times[name] += [time.perf_counter() - start] if n else []  # the first round warms up
+        first = np.array(next(iter(times.values())))
+        for name in rows:
+            low, median, high = np.percentile(np.divide(times.get(name, np.nan), first), (25, 50, 75))
+            cell = f"{median:.2f} ±{(high - low) / 2:.2f}" if name in times else "–"
+            table[name].append(f"{1e3 * np.median(first):.1f} ms" if name == next(iter(times)) else cell)
+    print(f"{'(N/k/S/r), fwd+bwd':24}" + "".join(f"{column:>17}" for column in columns))
+    for name, cells in table.items():
+        print(f"{name:24}" + "".join(f"{cell:>17}" for cell in cells))
+
+
+def test_the_bench_times_every_row(capsys):
+    bench(rounds=1, image=16, width=12, depth=1, heads=2, head_dim=4)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[4:]]
+    assert len(rows) == 7 and rows[0].count("ms") == 5
+    assert [sum("±" in cell for cell in row) for row in rows] == [0, 3, 3, 5, 3, 3, 5]
+
+
+if __name__ == "__main__":
+    bench()

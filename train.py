@@ -300,6 +300,7 @@ def locked(out):
         try:
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.register_at_fork(after_in_child=file.close)  # no child keeps it alive after a kill
         except BlockingIOError:
             raise UserError(f"another training is writing into {out}: wait until it ends, or name another "
                             "folder, --out DIR") from None
@@ -432,10 +433,6 @@ def resolve(args, world):
         if both:
             raise UserError(f"{both[0]} is in both train.txt and val.txt of {root} ({len(both)} such ids): "
                             "remove it from one")
-    if settings["batch"] > images or settings["batch"] % world:
-        raise UserError(f"--batch {settings['batch']}: expected at most the {images} training images, and a "
-                        f"multiple of {world} processes")
-
     args.pretrained, named = None, settings.get("weights")
     own = root / OWN_BACKBONE if is_demo and settings["backbone"] == DEMO["backbone"] else None
     path = Path(named or own or "none")
@@ -460,6 +457,11 @@ def resolve(args, world):
     shape = ase.BACKBONES[settings["backbone"]] | ({"image": args.size} if args.size else {})
     names = ("experts", "topk", "shared", "rank", "gating", "noise", "lora")
     config = ase.Config(**shape, tasks=channels, **{name: getattr(args, name) for name in names})
+    if settings["batch"] > images:
+        raise UserError(f"--batch {settings['batch']} is larger than the {images} training images: lower it")
+    if settings["batch"] % world:
+        raise UserError(f"--batch {settings['batch']} does not divide among {world} processes: choose a "
+                        "multiple")
     if args.pretrained:
         with torch.device("meta"):  # nothing but shapes: a check of the file
             model = ase.ASE(config)
