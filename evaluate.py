@@ -25,7 +25,7 @@ import time
 import warnings
 import zlib
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -96,14 +96,10 @@ def losses(predictions, targets, counts=None):
 
 
 # ---------------------------------------------------------------------------------------------------- metrics
-# Each is measured image by image as an array of numbers that add up over a split; the value comes from the
-# sum.
-
-SALIENCY_THRESHOLDS = np.arange(20, 91, 5) / 100
 
 
 class Protocol(NamedTuple):
-    """Which of the published variants of odsF: the default is that of ASTMT and M3ViT."""
+    """Which of the published variants of odsF: the default is that of ASTMT."""
 
     nms: bool = True
     thresholds: int = 101
@@ -113,37 +109,119 @@ class Protocol(NamedTuple):
         return THRESHOLDS[1:-1] if self.thresholds == 99 else THRESHOLDS
 
 
-def confusion(prediction, truth, classes):
-    """(classes, 3) pixels with ground truth: right, predicted, true. Both (H, W) integers."""
-    known = truth != IGNORE
-    prediction, truth = prediction[known], truth[known]
-    right = prediction[prediction == truth]
-    return np.stack([np.bincount(x, minlength=classes) for x in (right, prediction, truth)], 1)
+class Metric:
+    """How tasks of a kind are judged, image by image: a subclass counts what adds up over a split."""
+
+    constant = ()  # the output that knows nothing: its first channels, the others are 0
+
+    def activate(self, output):
+        """The model's output (C, S, S), or a constant's (C, 1, 1) → what is brought to native size."""
+        return output.sigmoid()
+
+    def decide(self, native):
+        """That, at native size (C, H, W) → the prediction that is compared and drawn."""
+        return native[0]
+
+    def truth(self, target, labels):
+        """What the prediction is compared with, from the target of training and the LabelMap (H, W)."""
+        return target
+
+    def count(self, prediction, truth, channels, protocol):
+        """One image → an array of numbers that add up over images."""
+        raise NotImplementedError
+
+    def value(self, total):
+        """The metric from the sum over a split; NaN without any truth."""
+        raise NotImplementedError
 
 
-def miou(total):
-    """Mean of right / (predicted + true − right) over the classes that occur, percent; NaN if none does."""
-    right, predicted, true = total[total.any(1)].T
-    return 100 * float(np.mean(right / (predicted + true - right))) if right.size else math.nan
+class MeanIoU(Metric):
+    """Mean of right / (predicted + true − right) over the classes that occur, in percent."""
+
+    constant = (1,)
+
+    def activate(self, output):
+        return output
+
+    def decide(self, native):
+        return native.max(0).indices  # argmax(0) in a third of the time
+
+    def count(self, prediction, truth, channels, protocol):
+        """(C, 3) pixels with ground truth: right, predicted, true."""
+        known = truth != IGNORE
+        prediction, truth = prediction[known], truth[known]
+        right = prediction[prediction == truth]
+        return np.stack([np.bincount(x, minlength=channels) for x in (right, prediction, truth)], 1)
+
+    def value(self, total):
+        right, predicted, true = total[total.any(1)].T
+        return 100 * float(np.mean(right / (predicted + true - right))) if right.size else math.nan
 
 
-def jaccards(prediction, truth):
-    """(15, 2): for each saliency threshold the foreground's Jaccard index (1 if both are empty), and 1."""
-    truth = truth == 1
-    found = prediction > SALIENCY_THRESHOLDS[:, None, None].astype(prediction.dtype)     # (15, H, W)
-    both = (found & truth).sum((1, 2))
-    either = found.sum((1, 2)) + truth.sum() - both
-    return np.stack([np.where(either > 0, both / np.maximum(either, 1), 1.0), np.ones(len(both))], 1)
+class MaxIoU(Metric):
+    """The foreground's Jaccard index (1 if both are empty), mean over images, at the best threshold."""
+
+    constant = (9,)
+    thresholds = np.arange(20, 91, 5) / 100
+
+    def count(self, prediction, truth, channels, protocol):
+        """(15, 2): at each threshold the index, and 1."""
+        truth = truth == 1
+        found = prediction > self.thresholds[:, None, None].astype(prediction.dtype)     # (15, H, W)
+        both = (found & truth).sum((1, 2))
+        either = found.sum((1, 2)) + truth.sum() - both
+        return np.stack([np.where(either > 0, both / np.maximum(either, 1), 1.0), np.ones(len(both))], 1)
+
+    def value(self, total):
+        return 100 * float((total[:, 0] / total[:, 1]).max())
 
 
-def angles(prediction, truth):
-    """(2,): sum of the angles between unit vectors (3, H, W) with truth, in degrees, and their number."""
-    known = truth.any(0)
-    p, g = prediction[:, known].astype(np.float64), truth[:, known].astype(np.float64)
-    # arccos loses half of its digits near 0° and 180°; this does not
-    angle = 2 * np.arctan2(np.linalg.norm(p - g, axis=0), np.linalg.norm(p + g, axis=0))
-    return np.array([np.degrees(angle).sum(), known.sum()])
+class MeanAngle(Metric):
+    """The mean angle between unit vectors, over all pixels of the split, in degrees."""
 
+    constant = (0, 0, 1)
+
+    def activate(self, output):
+        return data.unit(output, 0)
+
+    def decide(self, native):
+        return data.unit(native, 0)
+
+    def count(self, prediction, truth, channels, protocol):
+        """(2,): the sum of the angles where there is truth, and their number."""
+        known = truth.any(0)
+        p, g = prediction[:, known].astype(np.float64), truth[:, known].astype(np.float64)
+        # arccos loses half of its digits near 0° and 180°; this does not
+        angle = 2 * np.arctan2(np.linalg.norm(p - g, axis=0), np.linalg.norm(p + g, axis=0))
+        return np.array([np.degrees(angle).sum(), known.sum()])
+
+    def value(self, total):
+        return float(total[0] / total[1]) if total[1] else math.nan
+
+
+class OdsF(Metric):
+    """The best F of edges over the thresholds, pixels matched one to one: see `edge_counts` and `ods_f`."""
+
+    constant = (-9,)
+
+    def truth(self, target, labels):
+        return thin(seg2bmap(labels))  # SEISM's, not the target of training
+
+    def count(self, prediction, truth, channels, protocol):
+        return edge_counts(prediction, truth, protocol.levels(), nms=protocol.nms)
+
+    def value(self, total):
+        return ods_f(total)
+
+
+METRICS = {"miou": MeanIoU(), "max_iou": MaxIoU(), "odsf": OdsF(), "angle": MeanAngle()}
+
+
+def metric_of(task):
+    return METRICS[TASKS[task].metric]
+
+
+# ------------------------------------------------------------------------------------------------------ edges
 
 THRESHOLDS = np.r_[0.001, np.arange(1, 100) / 100, 0.999]  # 101 of them; THRESHOLDS[1:-1] are the 99 of MTLP
 
@@ -257,6 +335,11 @@ def search(start, links, owner, seen):
     return -1, came
 
 
+# On a dense map a search looks at many truth pixels before it finds a way. What a longer one than this saw is
+# left alone until the next round, which then has to be made: a guess that saves time, and changes no result.
+LONG_SEARCH = 300  # truth pixels
+
+
 def match(links, truths, kept):
     """How many pairs a maximum one-to-one matching has, for each threshold: a list of K numbers.
 
@@ -289,8 +372,8 @@ def match(links, truths, kept):
                 if truth < 0:
                     single.append(pixel)
                     seen.update(came)  # no path leads on from these, and no later path changes that
-                elif len(came) > 300:  # only these: a round more costs more than short paths looked at again
-                    seen.update(came)  # a dense map: look at these no more in this round, but make another
+                elif len(came) > LONG_SEARCH:
+                    seen.update(came)
                     proven = False
                 while truth >= 0:  # back along the path: each predicted pixel takes the next truth pixel
                     pixel = came[truth]
@@ -343,70 +426,33 @@ def ods_f(counts):
     return float(100 * (2 * matched / (predicted + truth)).max())
 
 
-def seism_edges(target, labels):
-    """The truth of odsF, which training does not have: one line around all labels, ignored nowhere."""
-    return thin(seg2bmap(labels))                                                        # (H, W) bool
-
-
-class Metric(NamedTuple):
-    squash: Callable   # raw output (C, S, S) → what is brought to native size
-    decide: Callable   # that, at native size → the prediction that is judged and drawn
-    measure: Callable  # (prediction, truth, channels, protocol) → numbers that add up over images
-    value: Callable    # their sum → the metric
-    constant: tuple    # the raw output that knows nothing: the first channels', the others are 0
-    truth: Callable = lambda target, labels: target  # what `measure` gets: from training's and the LabelMap
-
-
-METRICS = {
-    # max(0).indices is argmax(0) in a third of the time
-    "miou": Metric(lambda x: x, lambda x: x.max(0).indices,
-                   lambda p, t, channels, _: confusion(p, t, channels), miou, (1,)),
-    "max_iou": Metric(torch.sigmoid, lambda x: x[0], lambda p, t, *_: jaccards(p, t),
-                      lambda total: 100 * float((total[:, 0] / total[:, 1]).max()), (9,)),
-    "odsf": Metric(torch.sigmoid, lambda x: x[0], lambda p, t, _, protocol: edge_counts(
-        p, t, protocol.levels(), nms=protocol.nms), ods_f, (-9,), seism_edges),
-    "angle": Metric(lambda x: data.unit(x, 0), lambda x: data.unit(x, 0),
-                    lambda p, t, *_: angles(p, t),
-                    lambda total: float(total[0] / total[1]) if total[1] else math.nan, (0, 0, 1)),
-}
-
-
-def metric_of(task):
-    return METRICS[TASKS[task].metric]
-
-
-def values(totals):
-    """{task: metric} from sums over a split."""
-    return {task: metric_of(task).value(total) for task, total in totals.items()}
-
-
 # -------------------------------------------------------------------------------------------- judging a model
-
-
-def to_native(squashed, size):
-    """{task: (C, S, S)} → {task: prediction of size (H, W)}, for `data.paint` and `Metric.measure`."""
-    predictions = {}
-    for task, x in squashed.items():
-        native = F.interpolate(torch.from_numpy(x)[None], size, mode="bilinear")[0]
-        predictions[task] = metric_of(task).decide(native).numpy()
-    return predictions
 
 
 @torch.inference_mode()
 def predict(model, image, mean_std, device):
-    """Image (3, H, W) uint8 of any size → {task: (C, S, S) squashed output, numpy}.
+    """Image (3, H, W) uint8 of any size → {task: (C, S, S) activated output, numpy}.
 
     One at a time: in a batch the last bits depend on what else is in it, and so would the counts.
     """
     side = model.config.image
     x = F.interpolate(torch.from_numpy(image)[None].to(device).float(), (side, side), mode="bilinear")
     with data.autocast(device):
-        predictions, _ = model.eval()(data.normalise(x, mean_std))
-    return {task: metric_of(task).squash(p[0].float()).cpu().numpy() for task, p in predictions.items()}
+        outputs, _ = model.eval()(data.normalise(x, mean_std))
+    return {task: metric_of(task).activate(x[0].float()).cpu().numpy() for task, x in outputs.items()}
+
+
+def to_native(activated, size):
+    """{task: (C, S, S)} → {task: prediction of size (H, W)}, for `data.paint` and `Metric.count`."""
+    predictions = {}
+    for task, x in activated.items():
+        native = F.interpolate(torch.from_numpy(x)[None], size, mode="bilinear")[0]
+        predictions[task] = metric_of(task).decide(native).numpy()
+    return predictions
 
 
 def read_truth(root, id, tasks, image=None):
-    """An image (3, H, W) uint8, and what its predictions are judged against and drawn beside: {task: truth},
+    """An image (3, H, W) uint8, and what its predictions are compared with and drawn beside: {task: truth},
     from the files of these tasks (`image`, where given, is not read again)."""
     maps = data.maps_of(tasks)
     planes = torch.from_numpy(data.read_planes(root, id, maps, image))
@@ -416,27 +462,26 @@ def read_truth(root, id, tasks, image=None):
     return data.pick(planes, "image", maps).numpy(), truth
 
 
-def _judge(job):
-    """One image in a worker: the model's outputs and a constant's against its truth → two {task: numbers}."""
-    root, id, image, squashed, protocol = job
-    totals, constants = {}, {}
-    _, truth = read_truth(root, id, list(squashed), image)
-    for task, prediction in to_native(squashed, image.shape[1:]).items():
+def _compare(job):
+    """One image in a worker: the model's outputs and a constant's beside its truth → two {task: counts}."""
+    root, id, image, activated, protocol = job
+    counts, of_constant = {}, {}
+    _, truth = read_truth(root, id, list(activated), image)
+    for task, prediction in to_native(activated, image.shape[1:]).items():
         metric, channels = metric_of(task), TASKS[task].channels
-        totals[task] = metric.measure(prediction, truth[task], channels, protocol)
+        counts[task] = metric.count(prediction, truth[task], channels, protocol)
         constant = torch.zeros(channels, 1, 1)
         constant[:len(metric.constant), 0, 0] = torch.tensor(metric.constant, dtype=torch.float32)
-        constant = metric.decide(metric.squash(constant)).numpy()
-        constant = np.broadcast_to(constant, prediction.shape)
-        constants[task] = metric.measure(constant, truth[task], channels, protocol)
-    return totals, constants
+        constant = np.broadcast_to(metric.decide(metric.activate(constant)).numpy(), prediction.shape)
+        of_constant[task] = metric.count(constant, truth[task], channels, protocol)
+    return counts, of_constant
 
 
-def judge(model, dataset, mean_std, device, protocol=Protocol()):
-    """Judge a model on a split: {task: summed numbers}, and the same for a constant prediction.
+def accumulate(model, dataset, mean_std, device, protocol=Protocol()):
+    """{task: counts} of a model, summed over a split, and the same of a constant prediction.
 
-    The model runs here, the files are read and the metrics computed by workers, one image a job; memory does
-    not grow with the number of images.
+    The model runs here, the files are read and the counts made by workers, one image a job; memory does not
+    grow with the number of images.
     """
     sums = {}, {}
 
@@ -446,17 +491,18 @@ def judge(model, dataset, mean_std, device, protocol=Protocol()):
             yield dataset.root, id, image, predict(model, image, mean_std, device), protocol
 
     with concurrent.futures.ThreadPoolExecutor(2) as readers, data.workers() as pool:
-        results = data.ahead(_judge, jobs(readers), pool, depth=4 * data.cores())
+        results = data.ahead(_compare, jobs(readers), pool, depth=4 * data.cores())
         for result in data.progress(results, len(dataset), "evaluate"):
-            for total, one in zip(sums, result):
-                for task, numbers in one.items():
-                    total[task] = total.get(task, 0) + numbers
+            for total, counts in zip(sums, result):
+                for task in counts:
+                    total[task] = total.get(task, 0) + counts[task]
     return sums
 
 
 def evaluate(model, dataset, mean_std="imagenet", device="cpu", protocol=Protocol()):
     """{task: metric} of a model on a `data.PascalContext`, at native size, in the units of `TASKS`."""
-    return values(judge(model, dataset, mean_std, torch.device(device), protocol)[0])
+    counts, _ = accumulate(model, dataset, mean_std, torch.device(device), protocol)
+    return {task: metric_of(task).value(total) for task, total in counts.items()}
 
 
 # ----------------------------------------------------------------------------------------- Δm and baselines
@@ -566,12 +612,13 @@ def kept(folder, file, key):
             return known
 
 
-def or_null(metrics):
-    """Metrics as JSON has them: None for the NaN of a task without any truth."""
+def metrics_of(counts):
+    """{task: metric} from counts summed over a split, as JSON has it: None for a task without any truth."""
+    metrics = {task: metric_of(task).value(total) for task, total in counts.items()}
     return {task: None if math.isnan(value) else value for task, value in metrics.items()}
 
 
-def judge_run(run, args, device):
+def evaluate_run(run, args, device):
     """The results of a run, from the file of this protocol if computed before, by the same code from the same
     checkpoint; else they are written there once the pictures beside it are drawn."""
     root = Path(args.data or run.settings["data"])
@@ -595,21 +642,178 @@ def judge_run(run, args, device):
         return result
     start = time.time()
     model = load_model(run, device)
-    totals, constants = judge(model, dataset, run.settings["mean_std"], device, protocol)
+    counts, of_constant = accumulate(model, dataset, run.settings["mean_std"], device, protocol)
     seconds = round(time.time() - start, 1)
     print(f"{run.folder}: judged in {seconds:.0f} s")
-    result = {"metrics": or_null(values(totals)), "constant": or_null(values(constants)), "baseline": None,
+    result = {"metrics": metrics_of(counts), "constant": metrics_of(of_constant), "baseline": None,
               "delta_m": None, "images": len(dataset), "data": str(dataset.root.resolve()), "file": file,
               "judged": time.strftime("%Y-%m-%d %H:%M"), "seconds": seconds, "key": key}
     # how many classes occur, in prediction or truth, and how many there are
-    result["classes"] = {task: [int(total.any(1).sum()), len(total)] for task, total in totals.items()
+    result["classes"] = {task: [int(total.any(1).sum()), len(total)] for task, total in counts.items()
                          if TASKS[task].metric == "miou"}
-    if "edge" in totals:
-        result["edge"] = {"thresholds": protocol.levels().tolist(), "counts": totals["edge"].tolist(),
+    if "edge" in counts:
+        result["edge"] = {"thresholds": protocol.levels().tolist(), "counts": counts["edge"].tolist(),
                           "nms": protocol.nms}
     draw_run(run, result, model, dataset, device)
     keep(run.folder, result)
     return result
+
+
+def read_log(folder):
+    """The records of a run's log.jsonl, [] where there is none."""
+    path, records = folder / "log.jsonl", []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        # a crash or a full disk may have cut a line
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            record = json.loads(line)
+            if record["kind"] in ("step", "epoch") and record["step"] >= 0 and record["epoch"] >= 0:
+                records.append(record)
+    return records
+
+
+# ----------------------------------------------------------------------------------------- python evaluate.py
+
+
+def baseline_of(args, results, device):
+    """What to compare with, (name, {task: value}): --baseline's, else the data set's, else (why none, {})."""
+    names = args.baseline or []
+    if any(name in BASELINES for name in names):
+        if len(names) > 1:
+            raise UserError(f"--baseline {' '.join(names)}: expected one of {', '.join(BASELINES)}, alone, "
+                            "or run folders")
+        return names[0], BASELINES[names[0]]
+    gathered = collections.defaultdict(list)
+    for folder in names:
+        if not Path(folder).is_dir():
+            raise UserError(f"unknown baseline {folder}: expected one "
+                            f"of {', '.join(BASELINES)}, or run folders")
+        for task, value in evaluate_run(open_run(folder), args, device)["metrics"].items():
+            gathered[task] += [] if value is None else [value]
+    if names:
+        return " ".join(names), {task: float(np.mean(v)) for task, v in gathered.items() if v}
+    roots = {result["data"] for result in results}
+    if len(roots) > 1:
+        raise UserError(f"runs on several data sets ({', '.join(sorted(roots))}) have no baseline in "
+                        "common: name one")
+    if (Path(roots.pop()) / "demo.json").is_file():
+        return "none: the demo's is to be measured again; name runs, --baseline", {}
+    if not all(result["metrics"].keys() <= BASELINES["resnet18"].keys() for result in results):
+        return "none for these tasks; name runs, --baseline", {}
+    return "resnet18", BASELINES["resnet18"]
+
+
+def print_table(runs, results, name, baseline):
+    """One row a run: configuration, metrics, Δm, parameters; then what they are compared with, and notes."""
+    wide = max(12, *(len(str(run.folder)) for run in runs))
+    arrow = {True: "↓", False: "↑"}
+    print(f"\n{'':{wide}}{'':>14}" + "".join(f"{task:>13}" for task in TASKS))
+    heads = "".join(f"{task.title + ' ' + arrow[task.lower_is_better]:>13}" for task in TASKS.values())
+    print(f"{'run':{wide}}{'(N/k/S/r)':>14}{heads}{'Δm %':>9}{'params M':>10}{'trained':>9}")
+
+    def cell(value, form):
+        return "–" if value is None else format(value, form)
+
+    def row(label, configuration, metrics, rest=""):
+        cells = "".join(f"{cell(metrics.get(task), '.2f'):>13}" for task in TASKS)
+        print(f"{label:{wide}}{configuration:>14}{cells}{rest}")
+
+    notes = collections.defaultdict(list)  # what is to be told → the runs it is told of
+    for run, result in zip(runs, results):
+        c = run.config
+        with torch.device("meta"):
+            counts = ase.count(ase.ASE(c)).values()
+        total, trained = (sum(n[i] for n in counts) / 1e6 for i in (0, 1))
+        numbers = f"{c.experts}/{c.topk}/{c.shared}/{c.rank}" if c.experts else "no experts"
+        rest = f"{cell(result['delta_m'], '+.2f'):>9}{total:10.2f}{trained:9.2f}"
+        row(str(run.folder), numbers, result["metrics"], rest)
+        notes[f"{result['images']} images at native size, {result['data']}"].append(run)
+        if "edge" in result:
+            nms, levels = "with" if result["edge"]["nms"] else "without", len(result["edge"]["thresholds"])
+            notes[f"odsF {nms} NMS, {levels} thresholds"].append(run)
+        for task, (found, classes) in result["classes"].items():
+            if 0 < found < classes:
+                notes[f"{task}: the mean over the {found} of {classes} classes that occur"].append(run)
+        for task, value in result["metrics"].items():
+            if value is None:
+                notes[f"{task}: no truth in these images, and so no Δm"].append(run)
+        default = "" if result["file"] == "metrics.json" else ", which is not the full default protocol"
+        notes[f"kept in {result['file']}{default}"].append(run)
+    if baseline:
+        row(f"baseline {name}"[:wide + 14], "", baseline)
+    row("constant", "", {task: x for result in results for task, x in result["constant"].items()})
+    print()
+    for note, of in notes.items():
+        print(note + (f" ({', '.join(str(run.folder) for run in of)})" if len(of) < len(runs) else ""))
+    print(f"baseline: {name}")
+
+
+def select_ids(ids, path):
+    """The ids that the file `path` lists, which must all be among `ids`."""
+    try:
+        wanted = list(dict.fromkeys(Path(path).read_text(encoding="utf-8").split()))
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"cannot read the list of ids {path}: expected a text file, one id a line") from None
+    unknown = sorted(set(wanted) - set(ids))
+    if unknown or not wanted:
+        raise UserError(f"{path} lists {unknown[0] if unknown else 'no id'}: "
+                        "expected ids of val.txt, one a line")
+    return wanted
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("paths", nargs="+", metavar="RUN|PHOTO", help="run folders; photos, with one run")
+    parser.add_argument("--baseline", nargs="+", metavar="NAME|RUN",
+                        help=f"what Δm compares with: {', '.join(BASELINES)}, or runs whose metrics "
+                             "together make one (default: none on a demo, else resnet18)")
+    parser.add_argument("--data", metavar="DIR",
+                        help="the data set (default: the one the run was trained on)")
+    parser.add_argument("--device", help="cpu, cuda, … (default: cuda where there is one)")
+    parser.add_argument("--no-nms", action="store_true",
+                        help="odsF without non-maximum suppression, as MTLP has it")
+    parser.add_argument("--thresholds", type=int, choices=(99, 101), default=101,
+                        help="of odsF: 99 is MTLP's 0.01 … 0.99, "
+                             "101 adds 0.001 and 0.999 (default %(default)s)")
+    parser.add_argument("--ids", metavar="FILE", help="judge only the ids listed in FILE, one a line")
+    parser.add_argument("--quick", action="store_true", help="judge at most 50 images, spread over the split")
+    return data.command(parser, run, argv)
+
+
+def run(args):
+    device = data.pick_device(args.device)
+    photos = [Path(p) for p in args.paths if Path(p).is_file()]
+    folders = [Path(p) for p in args.paths if Path(p) not in photos]
+    early = [f for f in folders if f.is_dir() and not (f / "checkpoint.pt").is_file()]
+    if early and len(early) < len(folders):
+        print(f"left out, without a checkpoint yet: {', '.join(map(str, early))}")
+        folders = [folder for folder in folders if folder not in early]
+    runs = [open_run(folder) for folder in folders]
+    if not runs:
+        raise UserError(f"no run folder among {', '.join(args.paths)}: "
+                        "name the one train.py made, such as run/")
+    if photos:
+        if len(runs) > 1:
+            raise UserError(f"{len(runs)} runs and photos: name one run with them")
+        names = collections.Counter(photo.stem for photo in photos)
+        twice = [str(photo) for photo in photos if names[photo.stem] > 1]
+        if twice:
+            raise UserError(f"{' and '.join(twice)} would be drawn into one picture: rename one")
+        model = load_model(runs[0], device)
+        for photo in photos:
+            draw_photo(runs[0], photo, model, device)
+        return
+    results = [evaluate_run(run, args, device) for run in runs]
+    name, baseline = baseline_of(args, results, device)
+    for trained, result in zip(runs, results):
+        before = dict(result)
+        result["baseline"], result["delta_m"] = (name if baseline else None), None
+        if baseline and None not in result["metrics"].values():
+            result["delta_m"] = delta_m(result["metrics"], baseline)
+        if result != before:
+            keep(trained.folder, result)
+    print_table(runs, results, name, baseline)
+    pictures = sorted(p.name for p in runs[0].folder.glob("*.png"))
+    print(f"pictures in {runs[0].folder}: {', '.join(pictures)}")
 
 
 # --------------------------------------------------------------------------------------------------- pictures
@@ -769,21 +973,6 @@ def draw_edges(path, counts, thresholds):
     sheet([[panel]], legend=legend, cell=max(panel.shape) // 2, frame="white", path=path)
 
 
-# ----------------------------------------------------------------------------------------- python evaluate.py
-
-
-def read_log(folder):
-    """The records of a run's log.jsonl, [] where there is none."""
-    path, records = folder / "log.jsonl", []
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
-        # a crash or a full disk may have cut a line
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            record = json.loads(line)
-            if record["kind"] in ("step", "epoch") and record["step"] >= 0 and record["epoch"] >= 0:
-                records.append(record)
-    return records
-
-
 PICTURES = ("predictions", "experts", "curves", "edges")
 
 
@@ -794,8 +983,8 @@ def draw_run(run, result, model, dataset, device):
     samples = []
     for id in chosen:
         image, truth = read_truth(dataset.root, id, list(run.config.tasks))
-        squashed = predict(model, image, run.settings["mean_std"], device)
-        samples.append((image.transpose(1, 2, 0), truth, to_native(squashed, image.shape[1:])))
+        activated = predict(model, image, run.settings["mean_std"], device)
+        samples.append((image.transpose(1, 2, 0), truth, to_native(activated, image.shape[1:])))
     draw_predictions(run.folder / f"predictions{protocol}.png", samples)
     if "edge" in result:
         edge = result["edge"]
@@ -811,177 +1000,21 @@ def draw_run(run, result, model, dataset, device):
               "experts.png or curves.png is left out")
 
 
-def read_photo(path):
-    """A photo as (3, H, W) uint8, at most 2048 pixels a side: turned as EXIF says, transparency on white."""
-    with Image.open(path) as photo:
-        photo = ImageOps.exif_transpose(photo)
-        if photo.mode == "F":
-            raise ValueError("it holds floats, of a range that it does not say")
-        if photo.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8
-            photo = Image.fromarray((np.asarray(photo) / 257).clip(0, 255).astype(np.uint8))
-        if photo.has_transparency_data:
-            photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo.convert("RGBA"))
-        photo.thumbnail((2048, 2048))
-        return np.array(photo.convert("RGB")).transpose(2, 0, 1)
-
-
 def draw_photo(run, path, model, device):
-    """A photo's predictions as one picture, run/NAME.png."""
+    """A photo's predictions as one picture, run/NAME.png: turned as EXIF says, transparency on white."""
     out = run.folder / f"{path.stem}.png"
     if out.exists() and (out.samefile(path) or path.stem.split("-")[0] in PICTURES):
         raise UserError(f"the predictions would replace {out}: rename {path}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's about a large one
-            image = read_photo(path)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the photo {path} ({error}): "
-                        "expected an image that Pillow opens") from None
-    squashed = predict(model, image, run.settings["mean_std"], device)
-    draw_predictions(out, [(image.transpose(1, 2, 0), None, to_native(squashed, image.shape[1:]))])
+    with data.reading(path, "expected a photo that Pillow opens"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's about a large one
+        photo = data.eight_bits(ImageOps.exif_transpose(Image.open(path)))
+        if photo.has_transparency_data:
+            photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo.convert("RGBA"))
+        photo.thumbnail((2048, 2048))
+        image = np.array(photo.convert("RGB")).transpose(2, 0, 1)
+    activated = predict(model, image, run.settings["mean_std"], device)
+    draw_predictions(out, [(image.transpose(1, 2, 0), None, to_native(activated, image.shape[1:]))])
     print(f"drawn: {out}")
-
-
-def baseline_of(args, results, device):
-    """What to compare with, (name, {task: value}): --baseline's, else the data set's, else (why none, {})."""
-    names = args.baseline or []
-    if any(name in BASELINES for name in names):
-        if len(names) > 1:
-            raise UserError(f"--baseline {' '.join(names)}: expected one of {', '.join(BASELINES)}, alone, "
-                            "or run folders")
-        return names[0], BASELINES[names[0]]
-    gathered = collections.defaultdict(list)
-    for folder in names:
-        if not Path(folder).is_dir():
-            raise UserError(f"unknown baseline {folder}: expected one "
-                            f"of {', '.join(BASELINES)}, or run folders")
-        for task, value in judge_run(open_run(folder), args, device)["metrics"].items():
-            gathered[task] += [] if value is None else [value]
-    if names:
-        return " ".join(names), {task: float(np.mean(v)) for task, v in gathered.items() if v}
-    roots = {result["data"] for result in results}
-    if len(roots) > 1:
-        raise UserError(f"runs on several data sets ({', '.join(sorted(roots))}) have no baseline in "
-                        "common: name one")
-    if (Path(roots.pop()) / "demo.json").is_file():
-        return "none: the demo's is to be measured again; name runs, --baseline", {}
-    if not all(result["metrics"].keys() <= BASELINES["resnet18"].keys() for result in results):
-        return "none for these tasks; name runs, --baseline", {}
-    return "resnet18", BASELINES["resnet18"]
-
-
-def print_table(runs, results, name, baseline):
-    """One row a run: configuration, metrics, Δm, parameters; then what they are compared with, and notes."""
-    wide = max(12, *(len(str(run.folder)) for run in runs))
-    arrow = {True: "↓", False: "↑"}
-    print(f"\n{'':{wide}}{'':>14}" + "".join(f"{task:>13}" for task in TASKS))
-    heads = "".join(f"{task.title + ' ' + arrow[task.lower_is_better]:>13}" for task in TASKS.values())
-    print(f"{'run':{wide}}{'(N/k/S/r)':>14}{heads}{'Δm %':>9}{'params M':>10}{'trained':>9}")
-
-    def cell(value, form):
-        return "–" if value is None else format(value, form)
-
-    def row(label, configuration, metrics, rest=""):
-        cells = "".join(f"{cell(metrics.get(task), '.2f'):>13}" for task in TASKS)
-        print(f"{label:{wide}}{configuration:>14}{cells}{rest}")
-
-    notes = collections.defaultdict(list)  # what is to be told → the runs it is told of
-    for run, result in zip(runs, results):
-        c = run.config
-        with torch.device("meta"):
-            counts = ase.count(ase.ASE(c)).values()
-        total, trained = (sum(n[i] for n in counts) / 1e6 for i in (0, 1))
-        numbers = f"{c.experts}/{c.topk}/{c.shared}/{c.rank}" if c.experts else "no experts"
-        rest = f"{cell(result['delta_m'], '+.2f'):>9}{total:10.2f}{trained:9.2f}"
-        row(str(run.folder), numbers, result["metrics"], rest)
-        notes[f"{result['images']} images at native size, {result['data']}"].append(run)
-        if "edge" in result:
-            nms, levels = "with" if result["edge"]["nms"] else "without", len(result["edge"]["thresholds"])
-            notes[f"odsF {nms} NMS, {levels} thresholds"].append(run)
-        for task, (found, classes) in result["classes"].items():
-            if 0 < found < classes:
-                notes[f"{task}: the mean over the {found} of {classes} classes that occur"].append(run)
-        for task, value in result["metrics"].items():
-            if value is None:
-                notes[f"{task}: no truth in these images, and so no Δm"].append(run)
-        default = "" if result["file"] == "metrics.json" else ", which is not the full default protocol"
-        notes[f"kept in {result['file']}{default}"].append(run)
-    if baseline:
-        row(f"baseline {name}"[:wide + 14], "", baseline)
-    row("constant", "", {task: x for result in results for task, x in result["constant"].items()})
-    print()
-    for note, of in notes.items():
-        print(note + (f" ({', '.join(str(run.folder) for run in of)})" if len(of) < len(runs) else ""))
-    print(f"baseline: {name}")
-
-
-def select_ids(ids, path):
-    """The ids that the file `path` lists, which must all be among `ids`."""
-    try:
-        wanted = list(dict.fromkeys(Path(path).read_text(encoding="utf-8").split()))
-    except (OSError, UnicodeDecodeError):
-        raise UserError(f"cannot read the list of ids {path}: expected a text file, one id a line") from None
-    unknown = sorted(set(wanted) - set(ids))
-    if unknown or not wanted:
-        raise UserError(f"{path} lists {unknown[0] if unknown else 'no id'}: "
-                        "expected ids of val.txt, one a line")
-    return wanted
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("paths", nargs="+", metavar="RUN|PHOTO", help="run folders; photos, with one run")
-    parser.add_argument("--baseline", nargs="+", metavar="NAME|RUN",
-                        help=f"what Δm compares with: {', '.join(BASELINES)}, or runs whose metrics "
-                             "together make one (default: none on a demo, else resnet18)")
-    parser.add_argument("--data", metavar="DIR",
-                        help="the data set (default: the one the run was trained on)")
-    parser.add_argument("--device", help="cpu, cuda, … (default: cuda where there is one)")
-    parser.add_argument("--no-nms", action="store_true",
-                        help="odsF without non-maximum suppression, as MTLP has it")
-    parser.add_argument("--thresholds", type=int, choices=(99, 101), default=101,
-                        help="of odsF: 99 is MTLP's 0.01 … 0.99, "
-                             "101 adds 0.001 and 0.999 (default %(default)s)")
-    parser.add_argument("--ids", metavar="FILE", help="judge only the ids listed in FILE, one a line")
-    parser.add_argument("--quick", action="store_true", help="judge at most 50 images, spread over the split")
-    return data.command(parser, run, argv)
-
-
-def run(args):
-    device = data.pick_device(args.device)
-    photos = [Path(p) for p in args.paths if Path(p).is_file()]
-    folders = [Path(p) for p in args.paths if Path(p) not in photos]
-    early = [f for f in folders if f.is_dir() and not (f / "checkpoint.pt").is_file()]
-    if early and len(early) < len(folders):
-        print(f"left out, without a checkpoint yet: {', '.join(map(str, early))}")
-        folders = [folder for folder in folders if folder not in early]
-    runs = [open_run(folder) for folder in folders]
-    if not runs:
-        raise UserError(f"no run folder among {', '.join(args.paths)}: "
-                        "name the one train.py made, such as run/")
-    if photos:
-        if len(runs) > 1:
-            raise UserError(f"{len(runs)} runs and photos: name one run with them")
-        names = collections.Counter(photo.stem for photo in photos)
-        twice = [str(photo) for photo in photos if names[photo.stem] > 1]
-        if twice:
-            raise UserError(f"{' and '.join(twice)} would be drawn into one picture: rename one")
-        model = load_model(runs[0], device)
-        for photo in photos:
-            draw_photo(runs[0], photo, model, device)
-        return
-    results = [judge_run(run, args, device) for run in runs]
-    name, baseline = baseline_of(args, results, device)
-    for trained, result in zip(runs, results):
-        before = dict(result)
-        result["baseline"], result["delta_m"] = (name if baseline else None), None
-        if baseline and None not in result["metrics"].values():
-            result["delta_m"] = delta_m(result["metrics"], baseline)
-        if result != before:
-            keep(trained.folder, result)
-    print_table(runs, results, name, baseline)
-    pictures = sorted(p.name for p in runs[0].folder.glob("*.png"))
-    print(f"pictures in {runs[0].folder}: {', '.join(pictures)}")
 
 
 if __name__ == "__main__":
