@@ -69,7 +69,8 @@ TASKS = {
     "edge": Task(1, 50, "edge_bce", "odsf", False, "odsF %", ("labelmap",)),
     "normals": Task(3, 10, "normals_l1", "angle", True, "mErr °", ("normals", "labelmap")),
 }
-LISTS = "ImageSets/Context/{}.txt"  # the ids of a split, train or val
+# the ids of a split, train or val
+LISTS = "ImageSets/Context/{}.txt"
 
 # ------------------------------------------------------------------------------------------- the maps on disk
 
@@ -111,7 +112,8 @@ def decode_saliency(path, size):
 
 def decode_semseg(path, size):
     with open_image(path) as image:
-        classes = np.asarray(image)  # of a palettised PNG its indices, not its colours
+        # of a palettised PNG its indices, not its colours
+        classes = np.asarray(image)
     if classes.ndim != 2:
         raise Fault("range", "has colours: expected one channel of class numbers")
     return whole_numbers(classes, TASKS["semseg"].channels - 1, IGNORE)[None]            # (1, H, W)

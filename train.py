@@ -240,14 +240,13 @@ class Log:
         yield
         self.waited += time.time() - began
 
+    def diverged(self, told):
+        slower = command_again(self.args, "--lr", f"{self.settings['lr'] / 3:.1e}")
+        raise UserError(f"{told}; the last checkpoint, if there is one, is good; train again at a lower rate: "
+                        f"{slower}")
+
     def tell(self, record, start, losses, end):
-        """Print a line and keep a record. Raises UserError for a loss that is not finite."""
-        for task, loss in losses.items():
-            if not math.isfinite(loss):
-                slower = command_again(self.args, "--lr", f"{self.settings['lr'] / 3:.1e}")
-                when = f"{record['kind']} {record[record['kind']]}"
-                raise UserError(f"the {task} loss is not finite by {when}; the last checkpoint, if there is "
-                                f"one, is good; train again at a lower rate: {slower}")
+        """Print a line and keep a record."""
         if self.rank == 0:
             print(start + "".join(f"{loss:12.4f}" for loss in losses.values()) + end, flush=True)
             with open(self.path, "a", encoding="utf-8") as file:
@@ -261,6 +260,9 @@ class Log:
         losses = torch.stack(self.recent)                                                # (steps, T)
         if dist.is_initialized():
             dist.all_reduce(losses)
+        if not losses.isfinite().all():
+            at, task = (~losses.isfinite()).nonzero()[0].tolist()
+            self.diverged(f"the {self.tasks[task]} loss is not finite at step {step + 2 - len(losses) + at}")
         losses = dict(zip(self.tasks, losses.mean(0).tolist()))
         now, done = time.time(), step + 1
         speed = len(self.recent) * self.settings["batch"] / (now - self.mark)
@@ -273,6 +275,8 @@ class Log:
 
     def epoch(self, epoch, losses, routing):
         """The validation losses {task: loss} after `epoch`, and what the routers did there."""
+        if not all(map(math.isfinite, losses.values())):
+            self.diverged(f"the validation losses are not finite after epoch {epoch}")
         shared = routing.gates[..., :self.settings["model"]["shared"]]
         record = {"kind": "epoch", "step": epoch * self.steps_per_epoch, "epoch": epoch, "val": losses,
                   "gates": routing.gates.tolist(), "shared_mass": shared.sum(-1).tolist(),
@@ -295,6 +299,11 @@ class Log:
 @contextlib.contextmanager
 def locked(out):
     """Make the run folder and keep a second training out of it; the lock dies with the process."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: name a folder for the run, --out DIR")
+    parent = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"cannot write {out}: {parent} cannot be written; name another folder, --out DIR")
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "w") as file:
         try:
