@@ -2160,12 +2160,27 @@ def test_a_divided_batch_means_the_same_as_a_whole_one(mini, tmp_path):
         epochs = logged(tmp_path / out, "epoch")
         losses = torch.tensor([[*r.get("losses", r.get("val")).values()] for r in records])
         gates = torch.tensor([r["gates"] for r in epochs])
-        found = [r["kind"] for r in records], [*weights], [losses, gates / 10, *weights.values()]
+        norms = torch.tensor([r["norm"] for r in logged(tmp_path / out, "step")])  # Adam hides a factor
+        found = [r["kind"] for r in records], [*weights], [losses, gates / 10, norms / 1000, *weights.values()]
         if out == "whole":
             expected = found
         assert found[:2] == expected[:2]  # each record is written once
         for one, other in zip(found[2], expected[2]):
             np.testing.assert_allclose(one, other, atol=1e-4, err_msg=out)
+
+
+def test_each_epoch_has_an_order_and_warps_of_its_own():
+    (order, warps), (other, others), (again, _) = (train.shuffle(101, epoch, 3) for epoch in (0, 1, 0))
+    assert order.tolist() == again.tolist() != other.tolist() and sorted(order.tolist()) == list(range(101))
+    assert (warps != others).any()
+
+
+def test_pretrained_weights_are_taken_and_stay(mini, tmp_path):
+    tiny = backbone_of(ase.Config(**ase.BACKBONES["vit_tiny"] | {"image": 32}))
+    torch.save(tiny, tmp_path / "vit.pt")
+    train.main(flags(mini, tmp_path / "run", f"--epochs 1 --weights {tmp_path / 'vit.pt'}"))
+    after = weights_of(tmp_path / "run")
+    assert all(torch.equal(after[name], x) for name, x in tiny.items())
 
 
 @pytest.mark.parametrize("more", ["--lora 0", "--experts 0", "--experts 0 --lora 3 --tasks normals,sal",
