@@ -2000,7 +2000,8 @@ def test_validation_losses_do_not_depend_on_the_batch(mini):
     """Seven images in batches of 1, 3 or 7: the last, incomplete one counts as it should."""
     model = ase.ASE(ase.Config(image=32, dim=12, depth=1, heads=2, head_dim=8, experts=3, topk=1, rank=2))
     dataset = data.PascalContext(mini, "val", 32)
-    losses = [train.validate(model, dataset, {"batch": batch, "mean_std": "half"}, 0)[0] for batch in (1, 3, 7)]
+    losses = [train.validate(model, dataset, {"batch": batch, "mean_std": "half"}, 0)[0]
+              for batch in (1, 3, 7)]
     for task in set(TASKS) - {"sal"}:  # saliency's weights are those of the batch
         assert losses[0][task] == pytest.approx(losses[1][task], rel=1e-5)
         assert losses[0][task] == pytest.approx(losses[2][task], rel=1e-5)
@@ -2162,7 +2163,8 @@ def test_a_divided_batch_means_the_same_as_a_whole_one(mini, tmp_path):
         losses = torch.tensor([[*r.get("losses", r.get("val")).values()] for r in records])
         gates = torch.tensor([r["gates"] for r in epochs])
         norms = torch.tensor([r["norm"] for r in logged(tmp_path / out, "step")])  # Adam hides a factor
-        found = [r["kind"] for r in records], [*weights], [losses, gates / 10, norms / 1000, *weights.values()]
+        numbers = [losses, gates / 10, norms / 1000, *weights.values()]
+        found = [r["kind"] for r in records], [*weights], numbers
         if out == "whole":
             expected = found
         assert found[:2] == expected[:2]  # each record is written once
@@ -2248,7 +2250,8 @@ def test_a_killed_training_resumes_to_the_same_bits(mini, trained, tmp_path):
               "os.replace = killed\n"
               "train.main()\n")
     run, argv = tmp_path / "run", flags(mini, tmp_path / "run")
-    threads = {f"{library}_NUM_THREADS": str(torch.get_num_threads()) for library in ("OMP", "MKL", "OPENBLAS")}
+    number = str(torch.get_num_threads())
+    threads = {f"{library}_NUM_THREADS": number for library in ("OMP", "MKL", "OPENBLAS")}
     code = subprocess.call([sys.executable, "-c", script, *argv], cwd=ROOT, stdout=subprocess.DEVNULL,
                            env=os.environ | threads)  # another number of threads rounds differently
     assert code == -signal.SIGKILL and evaluate.load_checkpoint(run / "checkpoint.pt")["epoch"] == 1
@@ -2838,7 +2841,7 @@ def test_readmes_other_data_set_with_three_tasks(mini, tmp_path):
 
 
 class OneLoRA(nn.Module):
-    """The yardstick: one LoRA beside the FFN, as wide as all experts together, always on, without a router."""
+    """The yardstick: one LoRA beside the FFN, as wide as all experts together, always on, no router."""
 
     def __init__(self, *, dim, experts, rank, **_):
         super().__init__()
@@ -2880,8 +2883,8 @@ def bench(rounds=7, image=224, width=768, depth=12, **shape):
     if device.type == "cuda":
         machine = torch.cuda.get_device_name()
     print(f"ViT-base, one image, five tasks; {machine}, {torch.get_num_threads()} threads, torch "
-          f"{torch.__version__}\nfirst row: time; others: relative to it, medians of {rounds} rounds, ± half the "
-          "distance of the quartiles\n")
+          f"{torch.__version__}\nfirst row: time; others: relative to it, medians of {rounds} rounds, ± half "
+          "the distance of the quartiles\n")
     images = torch.randn(1, 3, image, image, device=device)
     x = torch.randn(5, 1, 1 + (image // 16) ** 2, width, device=device, requires_grad=True)
 

@@ -242,8 +242,8 @@ class Log:
 
     def diverged(self, told):
         slower = command_again(self.args, "--lr", f"{self.settings['lr'] / 3:.1e}")
-        raise UserError(f"{told}; the last checkpoint, if there is one, is good; train again at a lower rate: "
-                        f"{slower}")
+        raise UserError(f"{told}; the last checkpoint, if there is one, is good; train again at a lower "
+                        f"rate: {slower}")
 
     def tell(self, record, start, losses, end):
         """Print a line and keep a record."""
