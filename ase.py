@@ -43,6 +43,11 @@ BACKBONES = {
 }
 
 
+def require(condition, message):
+    if not condition:
+        raise ValueError(message)
+
+
 @dataclass(frozen=True)
 class Config:
     """All that decides the model's shape. The defaults are the paper's: ViT-base, (N/k/S/r) = (16/3/1/4).
@@ -72,34 +77,31 @@ class Config:
         for f in fields(self):
             value, low = getattr(self, f.name), 0 if f.name in ("experts", "topk", "shared", "lora") else 1
             used = f.type in (int, int | None) and (self.experts or f.name not in ("topk", "shared", "rank"))
-            if used and (type(value) is not int or not low <= value <= LARGEST):
-                raise ValueError(f"{f.name} is {value!r}: expected a whole number from {low} to {LARGEST}")
-        if type(self.noise) not in (int, float) or not 0 <= self.noise < math.inf:
-            raise ValueError(f"noise is {self.noise!r}: expected a number, 0 or more")
-        if not isinstance(self.tasks, dict) or not self.tasks:
-            raise ValueError(f"tasks is {self.tasks!r}: expected at least one task → channels")
+            require(not used or type(value) is int and low <= value <= LARGEST,
+                    f"{f.name} is {value!r}: expected a whole number from {low} to {LARGEST}")
+        require(type(self.noise) in (int, float) and 0 <= self.noise < math.inf,
+                f"noise is {self.noise!r}: expected a number, 0 or more")
+        require(isinstance(self.tasks, dict) and self.tasks,
+                f"tasks is {self.tasks!r}: expected at least one task → channels")
         object.__setattr__(self, "tasks", dict(self.tasks))  # the caller's may change
         for task, channels in self.tasks.items():
-            if not str(task).isidentifier() or type(channels) is not int or not 1 <= channels <= LARGEST:
-                raise ValueError(f"task {task!r} has {channels!r} channels: "
-                                 f"expected a plain name → 1 to {LARGEST}")
-        if self.patch < 2 or self.patch & (self.patch - 1):
-            raise ValueError(f"patch is {self.patch}: expected a power of two, such as 16")
-        if self.image % self.patch:
-            raise ValueError(f"an image side of {self.image} is no multiple of the patch {self.patch}: "
-                             f"the next one is {-(-self.image // self.patch) * self.patch}")
-        if self.dim % self.heads:
-            raise ValueError(f"width {self.dim} does not divide into {self.heads} attention heads")
-        if self.gating not in GATINGS:
-            raise ValueError(f"unknown gating {self.gating!r}: expected {' or '.join(GATINGS)}")
+            require(str(task).isidentifier() and type(channels) is int and 1 <= channels <= LARGEST,
+                    f"task {task!r} has {channels!r} channels: expected a plain name → 1 to {LARGEST}")
+        require(self.patch > 1 and self.patch & (self.patch - 1) == 0,
+                f"patch is {self.patch}: expected a power of two, such as 16")
+        require(self.image % self.patch == 0,
+                f"an image side of {self.image} is no multiple of the patch {self.patch}: "
+                f"the next one is {-(-self.image // self.patch) * self.patch}")
+        require(self.dim % self.heads == 0,
+                f"width {self.dim} does not divide into {self.heads} attention heads")
+        require(self.gating in GATINGS, f"unknown gating {self.gating!r}: expected {' or '.join(GATINGS)}")
         if self.experts:
             sparse = self.experts - self.shared
-            if sparse < 1:
-                raise ValueError(f"{self.shared} shared experts of {self.experts} leave no sparse one: "
+            require(sparse >= 1, f"{self.shared} shared experts of {self.experts} leave no sparse one: "
                                  f"shared must be at most {self.experts - 1}")
-            if not 1 <= self.topk <= sparse:
-                raise ValueError(f"topk is {self.topk}, but {self.experts} experts less {self.shared} shared "
-                                 f"ones are {sparse} sparse ones: topk must be 1 to {sparse}")
+            require(1 <= self.topk <= sparse,
+                    f"topk is {self.topk}, but {self.experts} experts less {self.shared} shared ones are "
+                    f"{sparse} sparse ones: topk must be 1 to {sparse}")
 
 
 # ------------------------------------------------------------------------------------------ gates and experts
@@ -145,9 +147,9 @@ class LoRAExperts(nn.Module):
         nn.init.zeros_(self.up)
 
     def logits(self, x):
-        """Router logits, float32 or more, noisy in training only. x (T, B, L, D) → (T, B·L, N)."""
+        """Router logits, float32 or more, noisy in training only. x (T, …, D) → (T, B·L, N)."""
         with torch.autocast(x.device.type, enabled=False):
-            x = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(1, 2)          # (T, B·L, D)
+            x = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(1, -2)         # (T, B·L, D)
             z = torch.bmm(x, self.router.to(x.dtype))                                    # (T, B·L, N)
             if self.training and self.noise:
                 # Shazeer et al. 2017, Eq. 4: z + ε · softplus(W_noise x); the floor of 0.01 is their code's
@@ -156,10 +158,11 @@ class LoRAExperts(nn.Module):
         return z
 
     def forward(self, x):
-        """x (T, B, L, D) → update (T, B, L, D), probs (T, N−S), gates (T, N), as in `Routing`."""
-        z = self.logits(x)                                                               # (T, B·L, N)
+        """x (T, …, D) → update of its shape, probs (T, N−S), gates (T, N), as in `Routing`."""
+        tokens = x.flatten(1, -2)                                                        # (T, B·L, D)
+        z = self.logits(tokens)                                                          # (T, B·L, N)
         gates = gate(z, self.shared, self.topk, self.gating)                             # (T, B·L, N)
-        update = self.mix(x.flatten(1, 2), gates)                                        # (T, B·L, D)
+        update = self.mix(tokens, gates)                                                 # (T, B·L, D)
         probs = z[..., self.shared:].softmax(-1).mean(1)                                 # (T, N−S)
         return update.view_as(x), probs, gates.mean(1)
 
@@ -173,7 +176,7 @@ class LoRAExperts(nn.Module):
         """The update without noise as the paper prints it: a loop over tasks, tokens and experts."""
         shared, sparse = range(self.shared), range(self.shared, len(self.down))
         update = []
-        for t, tokens in enumerate(x.flatten(1, 2)):
+        for t, tokens in enumerate(x.flatten(1, -2)):
             for token in tokens:
                 z = token @ self.router[t]
                 kept = sorted(sparse, key=lambda i: -z[i])[:self.topk]
@@ -396,18 +399,12 @@ TRANSFORMERS = {
 
 # what acts after the blocks, or in pretraining alone, and so does not change the features
 HARMLESS = r"(mask\w*|pre_logits|fc|fc_norm|\w*(head|pool|proj|pred|decoder|classifier)\w*)(\..*)?"
-KINDS = {  # a pattern in such another name → the architecture that has it, the first that fits
-    "dist_token|distillation": "a distilled DeiT", "reg_token|register_token": "a ViT with registers",
-    r"gamma_\d|\bls\d|layer_scale": "a ViT with LayerScale",
-    "norm_pre": "a ViT with a norm before its blocks",
-    "fc_norm": "a ViT with fc_norm in place of the last norm", "": "another architecture"}
 
 
 def load(path):
     """What torch.save wrote to `path`, or a .safetensors file, on the CPU. Raises ValueError, in one line.
 
-    No code in it is run. torch.save makes a zip (not before torch 1.6), whose checksums are verified here:
-    torch does not look at them.
+    No code in it is run. torch.save makes a zip, whose checksums are verified here: torch doesn't.
     """
     try:
         with open(path, "rb") as file:
@@ -415,11 +412,8 @@ def load(path):
                 return read_safetensors(Path(path))
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                # of a part with a folder's flag torch returns what happens to be in memory
-                folders = (info.filename for info in archive.infolist() if info.external_attr & 16)
-                damaged = archive.testzip() or next(folders, None)
-            if damaged:
-                raise ValueError(f"its part {damaged} is damaged")
+                damaged = archive.testzip()
+            require(not damaged, f"its part {damaged} is damaged")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a file of another kind makes torch.load raise nearly anything
         reason = str(error) or type(error).__name__
@@ -440,8 +434,7 @@ def read_safetensors(path):
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > size - 8:
-            raise ValueError(f"its header claims {length} bytes, the file has {size}")
+        require(length <= size - 8, f"its header claims {length} bytes, the file has {size}")
         header = json.loads(file.read(length))
     body = torch.from_file(str(path), size=size, dtype=torch.uint8)[8 + length:]  # mapped, not read
     tensors = {}
@@ -449,9 +442,8 @@ def read_safetensors(path):
         if name == "__metadata__" or entry["dtype"] not in types:
             continue
         (start, end), shape, dtype = entry["data_offsets"], entry["shape"], types[entry["dtype"]]
-        if not 0 <= start <= end <= len(body) or end - start != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"the bytes {start} to {end} of {name} are "
-                             f"not its {shape} {entry['dtype']} numbers")
+        require(0 <= start <= end <= len(body) and end - start == math.prod(shape) * dtype.itemsize,
+                f"the bytes {start} to {end} of {name} are not its {shape} {entry['dtype']} numbers")
         tensors[name] = body[start:end].clone().view(dtype).view(shape)
     return tensors
 
@@ -488,35 +480,27 @@ def read_backbone(source):
     if isinstance(source, Pretrained):
         return source
     path = Path(source)
-    accepted = ("expected a ViT's state dict with timm's or transformers' names, "
-                "as .safetensors or from torch.save")
-    if not path.is_file():
-        raise ValueError(f"no weights file {path}: {accepted}")
+    accepted = "expected a ViT's state dict, timm's or transformers' names, .safetensors or from torch.save"
+    require(path.is_file(), f"no weights file {path}: {accepted}")
     state = load(path)
     for wrapper in 3 * WRAPPERS:  # one may be inside another
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}: {accepted}")
+    require(isinstance(state, dict), f"{path} holds a {type(state).__name__}: {accepted}")
     state = {" ".join(str(name).split()): x for name, x in state.items()
              if isinstance(x, torch.Tensor) and x.layout == torch.strided and x.is_floating_point()}
-    for name, x in state.items():  # one number, repeated, makes a tensor of any size
-        if x.numel() * x.element_size() > path.stat().st_size:
-            raise ValueError(f"{name} in {path} claims more numbers than the file has bytes: {accepted}")
     tokens = (re.fullmatch(r"(|.*?\.)(embeddings\.)?cls_token", name) for name in state)
     # of several ViTs the teacher, which is the one that DINO evaluates, else the first
     prefix = min((match[1] for match in tokens if match), key=lambda p: "teacher" not in p, default="")
     left = [name for name in state if not name.startswith(prefix)]
     vit = timm_names({name.removeprefix(prefix): x for name, x in state.items() if name not in left})
-    if any(name not in vit or vit[name].dim() != dims
-           for name, dims in (("cls_token", 3), ("pos_embed", 3), ("patch_embed.proj.weight", 4))):
-        raise ValueError(f"{path} holds no ViT (its first names: "
-                         f"{', '.join(list(state)[:3]) or 'none'}): {accepted}")
+    dims = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}
+    require(all(name in vit and vit[name].dim() == dims[name] for name in dims),
+            f"{path} holds no ViT (its first names: {', '.join(list(state)[:3]) or 'none'}): {accepted}")
     more = [name for name in vit if part(name) != "backbone"]
     for name in more:
-        if not re.fullmatch(HARMLESS, name) or name.startswith("fc_norm") and "norm.weight" not in vit:
-            kind = next(kind for pattern, kind in KINDS.items() if re.search(pattern, name))
-            raise ValueError(f"{path} holds {kind}: {name} is no part of a plain ViT; {PRESETS}")
+        acts = not re.fullmatch(HARMLESS, name) or name.startswith("fc_norm") and "norm.weight" not in vit
+        require(not acts, f"{path} holds another architecture: {name} is no part of a plain ViT; {PRESETS}")
     return Pretrained(path, {name: x for name, x in vit.items() if name not in more}, more + left)
 
 
@@ -530,9 +514,8 @@ def backbone_for(source):
     """The name of the preset that the weights in `source` fit, as in `read_backbone`. Raises ValueError."""
     path, state, _ = read_backbone(source)
     found = shape_of(state)
-    if found not in SHAPES:
-        raise ValueError("{} holds a ViT of width {}, {} blocks, patch {}: "
-                         "{}".format(path, *found, PRESETS))
+    require(found in SHAPES,
+            "{} holds a ViT of width {}, {} blocks, patch {}: {}".format(path, *found, PRESETS))
     return SHAPES[found]
 
 
@@ -546,29 +529,25 @@ def load_backbone(model, source):
     state = dict(state)  # the caller may go on to use his own
     own = {name: p for name, p in model.state_dict().items() if part(name) == "backbone"}
     found, wanted = shape_of(state), shape_of(own)
-    if found != wanted:
-        advice = f"use --backbone {SHAPES[found]}" if found in SHAPES else PRESETS
-        raise ValueError("{} holds a ViT of width {}, {} blocks, patch {}; the model has width {}, "
-                         "{} blocks, patch {}: {}".format(path, *found, *wanted, advice))
+    advice = f"use --backbone {SHAPES[found]}" if found in SHAPES else PRESETS
+    require(found == wanted, "{} holds a ViT of width {}, {} blocks, patch {}; the model has width {}, "
+                             "{} blocks, patch {}: {}".format(path, *found, *wanted, advice))
     told = f"{len(own)} tensors loaded from {path}"
     if state["pos_embed"].shape != own["pos_embed"].shape:
+        positions = state["pos_embed"].shape[1]
         old, new = (math.isqrt(max(0, p.shape[1] - 1)) for p in (state["pos_embed"], own["pos_embed"]))
-        if not old or state["pos_embed"].shape[1] != 1 + old * old:
-            raise ValueError(f"{path} has {state['pos_embed'].shape[1]} "
-                             "position embeddings: expected 1 + a square")
+        require(old and positions == 1 + old * old,
+                f"{path} has {positions} position embeddings: expected 1 + a square")
         token, grid = state["pos_embed"].float().split([1, old * old], dim=1)
         grid = grid.mT.unflatten(-1, (old, old))
         grid = F.interpolate(grid, size=(new, new), mode="bicubic", antialias=True)
         state["pos_embed"] = torch.cat([token, grid.flatten(2).mT], dim=1)
         told += f", position embeddings resized from {old}×{old} to {new}×{new}"
     for name, p in own.items():
-        if name not in state:
-            raise ValueError(f"{path} lacks {name}: not a whole ViT, take another file")
-        if state[name].shape != p.shape:
-            raise ValueError(f"{name} in {path} is {tuple(state[name].shape)}: expected {tuple(p.shape)}")
-        if not state[name].isfinite().all():
-            raise ValueError(f"{name} in {path} holds numbers that are not finite: "
-                             "take another copy of the file")
+        require(name in state, f"{path} lacks {name}: not a whole ViT, take another file")
+        require(state[name].shape == p.shape,
+                f"{name} in {path} is {tuple(state[name].shape)}: expected {tuple(p.shape)}")
+        require(state[name].isfinite().all(), f"{name} in {path} is not finite: take another copy of it")
     for name, p in own.items():
         p.copy_(state[name])
     if left:

@@ -25,13 +25,10 @@ import math
 import multiprocessing
 import os
 import re
-import shutil
 import signal
-import struct
 import sys
 import threading
 import time
-import zlib
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -94,24 +91,24 @@ PART_OF = {name: index for index, names in enumerate((
 
 
 def decode_image(path, size):
-    with open_image(path) as image:
+    with Image.open(path) as image:
         return np.array(eight_bits(image).convert("RGB")).transpose(2, 0, 1)             # (3, H, W)
 
 
 def decode_normals(path, size):
-    with open_image(path) as image:  # it may have a size of its own
+    with Image.open(path) as image:  # it may have a size of its own
         image = eight_bits(image).convert("RGB").resize(size, Image.BILINEAR)
         return np.array(image).transpose(2, 0, 1)                                        # (3, H, W)
 
 
 def decode_saliency(path, size):
-    with open_image(path) as image:  # this one, too
+    with Image.open(path) as image:  # this one, too
         image = eight_bits(image).convert("L").resize(size, Image.NEAREST)
         return np.asarray(image)[None] > 127                                             # (1, H, W)
 
 
 def decode_semseg(path, size):
-    with open_image(path) as image:
+    with Image.open(path) as image:
         # of a palettised PNG its indices, not its colours
         classes = np.asarray(image)
     if classes.ndim != 2:
@@ -132,22 +129,6 @@ def decode_parts(path, size):
 def decode_labelmap(path, size):
     labels = whole_numbers(scipy.io.loadmat(path)["LabelMap"], CONTEXT_CLASSES)
     return np.stack([labels & 255, labels >> 8])                                         # (2, H, W)
-
-
-def open_image(path):
-    """Pillow's image, which is black where the rows of a PNG end too early: here that is a Fault."""
-    png = Path(path).read_bytes()
-    if png.startswith(b"\x89PNG"):
-        width, height, depth, colours, _, _, interlaced = struct.unpack(">IIBBBBB", png[16:29])
-        row = 1 + (width * depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colours] + 7) // 8  # bytes
-        packed, at = b"", 8
-        while at + 8 <= len(png):
-            length, kind = struct.unpack(">I4s", png[at:at + 8])
-            packed += png[at + 8:at + 8 + length] if kind == b"IDAT" else b""
-            at += 12 + length
-        if not interlaced and len(zlib.decompressobj().decompress(packed)) < row * height:
-            raise Fault("unreadable", "ends within its rows: replace the file by a good copy")
-    return Image.open(path)
 
 
 def eight_bits(image):
@@ -487,32 +468,25 @@ def build_cache(root, ids, tasks=TASKS, cache=None):
 
     cache: where that folder lies, else inside the data set. What is there, whole and newer than its source,
     stays: a build that was interrupted goes on, and another task adds its maps. Raises UserError where a file
-    is missing or broken, the folder cannot be written, or the disk is too small.
+    is missing or broken, or the folder cannot be written.
     """
-    folder, jobs, need = Path(cache or Path(root) / "cache"), [], 0
+    folder, jobs = Path(cache or Path(root) / "cache"), []
     for id in ids:
         held = {name: cached(folder / name / f"{id}.npy", find(root, name, id), MAPS[name].planes)
                 for name in maps_of(tasks)}
         stale = list(held) if len({*held.values()} - {None}) > 1 else [n for n in held if held[n] is None]
         if stale:
             jobs.append((root, id, stale, folder))
-            with contextlib.suppress(Exception), Image.open(find(root, "image", id)) as image:
-                need += sum(MAPS[name].planes for name in stale) * image.width * image.height + 4096
-    if not jobs:
-        return folder
+    if jobs:
+        print(f"cache      {len(jobs)} images into {folder}", flush=True)
     try:
         for name in maps_of(tasks):
             (folder / name).mkdir(parents=True, exist_ok=True)
             remove_leavings(folder / name)
-        free = shutil.disk_usage(folder).free
+        collections.deque(parallel(_cache_image, jobs, "cache"), maxlen=0)
     except OSError as error:
-        raise UserError(f"cannot write the cache {folder} ({error.strerror}): "
-                        "name another folder, --cache DIR") from None
-    print(f"cache      {len(jobs)} images, {need / 1e6:,.0f} MB, into {folder}", flush=True)
-    if need > free:
-        raise UserError(f"the cache needs {need / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free: "
-                        "make room, or name a folder on another disk, --cache DIR")
-    collections.deque(parallel(_cache_image, jobs, "cache"), maxlen=0)
+        raise UserError(f"cannot write the cache {folder} ({error.strerror}): make room, or name another "
+                        "folder, --cache DIR") from None
     return folder
 
 
@@ -789,14 +763,14 @@ def interrupts():
     generator; so this one comes again each second until the block has ended. After it a second Ctrl-C is not
     heard: nothing but the end of the process is left."""
     def interrupt(*_):
-        if hasattr(signal, "setitimer"):  # there is none on Windows
+        if timer:
             signal.setitimer(signal.ITIMER_REAL, 1)
         raise KeyboardInterrupt
 
-    heard = signal.getsignal(signal.SIGINT) != signal.SIG_IGN  # a job in the background ignores it
-    if heard:
+    timer = hasattr(signal, "setitimer")  # there is none on Windows
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # a job in the background ignores it
         signal.signal(signal.SIGINT, interrupt)
-        if hasattr(signal, "setitimer"):
+        if timer:
             signal.signal(signal.SIGALRM, interrupt)
     try:
         yield
@@ -804,7 +778,7 @@ def interrupts():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         raise
     finally:
-        if hasattr(signal, "setitimer"):
+        if timer:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
 

@@ -22,7 +22,6 @@ import json
 import math
 import sys
 import time
-import warnings
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -574,8 +573,6 @@ def load_model(run, device):
     model = ase.ASE(run.config)
     state = load_checkpoint(run.folder / "checkpoint.pt")["model"]
     try:
-        # the name that the routers' noise had in the first checkpoints
-        state = {name.replace("experts.noise", "experts.router_noise"): x for name, x in state.items()}
         model.load_state_dict(state)
     except (RuntimeError, AttributeError, TypeError):
         raise UserError(f"{run.folder}/checkpoint.pt does not fit its config.json: train again") from None
@@ -598,18 +595,11 @@ def file_of(run, dataset, args):
     return "-".join(["metrics", *told]) + ".json"
 
 
-def keep(folder, result):
-    """Write a result into its file of a run, with a checksum that `kept` looks at."""
-    check = zlib.crc32(json.dumps(result, allow_nan=False).encode())
-    data.write_json(folder / result["file"], {**result, "check": check})
-
-
 def kept(folder, file, key):
-    """The result in a run's `file`, or None if that has another key or is not what was written."""
-    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
+    """The result in a run's `file`, or None if that was computed from anything else."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         known = json.loads((folder / file).read_bytes())
-        if known.pop("check") == zlib.crc32(json.dumps(known).encode()) and known["key"] == key:
-            return known
+        return known if known["key"] == key else None
 
 
 def metrics_of(counts):
@@ -655,7 +645,7 @@ def evaluate_run(run, args, device):
         result["edge"] = {"thresholds": protocol.levels().tolist(), "counts": counts["edge"].tolist(),
                           "nms": protocol.nms}
     draw_run(run, result, model, dataset, device)
-    keep(run.folder, result)
+    data.write_json(run.folder / file, result)
     return result
 
 
@@ -810,7 +800,7 @@ def run(args):
         if baseline and None not in result["metrics"].values():
             result["delta_m"] = delta_m(result["metrics"], baseline)
         if result != before:
-            keep(trained.folder, result)
+            data.write_json(trained.folder / result["file"], result)
     print_table(runs, results, name, baseline)
     pictures = sorted(p.name for p in runs[0].folder.glob("*.png"))
     print(f"pictures in {runs[0].folder}: {', '.join(pictures)}")
@@ -1005,8 +995,7 @@ def draw_photo(run, path, model, device):
     out = run.folder / f"{path.stem}.png"
     if out.exists() and (out.samefile(path) or path.stem.split("-")[0] in PICTURES):
         raise UserError(f"the predictions would replace {out}: rename {path}")
-    with data.reading(path, "expected a photo that Pillow opens"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's about a large one
+    with data.reading(path, "expected a photo that Pillow opens"):
         photo = data.eight_bits(ImageOps.exif_transpose(Image.open(path)))
         if photo.has_transparency_data:
             photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo.convert("RGBA"))

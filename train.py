@@ -29,9 +29,8 @@ from datetime import timedelta
 from pathlib import Path
 
 try:
-    import fcntl
-    import resource
-except ImportError:  # Windows has neither
+    import fcntl, resource  # Windows has neither
+except ImportError:
     fcntl = resource = None
 
 import torch
@@ -139,10 +138,8 @@ def train(settings, args, rank, world, device):
                 group["lr"] = lr * group["lr_scale"]
             torch.manual_seed(settings["seed"] * 1_000_003 + step * world + rank)        # the routers' noise
 
-            with log.waiting():
-                micro_batches = [(*next(canvases), warps[indices]) for indices in images.split(micro_batch)]
-            micro_batches = [data.warp(canvas, sizes, config.image, settings["mean_std"], config.tasks, warp)
-                             for canvas, sizes, warp in micro_batches]
+            micro_batches = [data.warp(*next(canvases), config.image, settings["mean_std"], config.tasks,
+                                       warps[indices]) for indices in images.split(micro_batch)]
             # losses divide by the pixels of the effective batch, wherever its images are
             pixels = sum(evaluate.count_pixels(batch.targets) for batch in micro_batches)
             if world > 1:
@@ -184,18 +181,16 @@ def validate(model, dataset, settings, workers, rank=0, world=1):
     model.eval()
     config, device = model.config, next(model.parameters()).device
     plan = [indices.tolist() for indices in torch.arange(len(dataset)).split(settings["batch"])]
-    losses, pixels = torch.zeros(2, len(config.tasks), device=device)
-    layers = sum(block.experts is not None for block in model.blocks)
-    sparse = max(0, config.experts - config.shared)
-    probs = torch.zeros(layers, len(config.tasks), sparse, device=device)
-    gates = torch.zeros(layers, len(config.tasks), config.experts, device=device)
+    blocks, tasks = sum(block.experts is not None for block in model.blocks), len(config.tasks)
+    losses, pixels = torch.zeros(2, tasks, device=device)
+    probs = torch.zeros(blocks, tasks, max(0, config.experts - config.shared), device=device)
+    gates = torch.zeros(blocks, tasks, config.experts, device=device)
     for canvas in dataset.canvases(plan[rank::world], device, workers):
         batch = data.warp(*canvas, config.image, settings["mean_std"], config.tasks)
         with data.autocast(device):
             predictions, routing = model(batch.images)
         counts = evaluate.count_pixels(batch.targets)
-        batch_losses = evaluate.losses(predictions, batch.targets, counts)
-        losses += torch.stack(list(batch_losses.values())) * counts[:, 0]
+        losses += torch.stack([*evaluate.losses(predictions, batch.targets, counts).values()]) * counts[:, 0]
         pixels += counts[:, 0]
         probs += routing.probs * len(batch.images)
         gates += routing.gates * len(batch.images)
@@ -215,7 +210,6 @@ class Log:
         self.first_step, self.steps = first_epoch * steps_per_epoch, settings["epochs"] * steps_per_epoch
         self.recent = []                     # losses (T,) of the steps since the last record
         self.begin = self.mark = time.time()
-        self.waited = 0.0                    # seconds, for data
         if rank == 0:  # what was logged after the last checkpoint is computed again
             kept = [r for r in evaluate.read_log(self.path.parent) if r["epoch"] <= first_epoch]
             text = "".join(json.dumps(record) + "\n" for record in kept)
@@ -233,12 +227,6 @@ class Log:
         print(f"device     {device}, {data.precision(device)}\n".replace("torch.", ""))
         print(f"{'done':>5}{'step':>8}" + "".join(f"{task:>12}" for task in c.tasks)
               + f"{'lr':>10}{'images/s':>10}{'left':>9}", flush=True)
-
-    @contextlib.contextmanager
-    def waiting(self):
-        began = time.time()
-        yield
-        self.waited += time.time() - began
 
     def diverged(self, told):
         slower = command_again(self.args, "--lr", f"{self.settings['lr'] / 3:.1e}")
@@ -285,12 +273,11 @@ class Log:
         self.mark = time.time()
 
     def finish(self, device):
-        spent = time.time() - self.begin
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if resource else math.nan
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(device)
-        print(f"\ntrained in {data.duration(spent)}, {self.waited / spent:.1%} of it waiting for data; peak "
-              f"memory {peak / 2**30:.2f} GiB\n{next_command(self.path.parent)}")
+        print(f"\ntrained in {data.duration(time.time() - self.begin)}; peak memory {peak / 2**30:.2f} GiB\n"
+              f"{next_command(self.path.parent)}")
 
 
 # --------------------------------------------------------------------- before the loop: what is there already
@@ -299,11 +286,6 @@ class Log:
 @contextlib.contextmanager
 def locked(out):
     """Make the run folder and keep a second training out of it; the lock dies with the process."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file: name a folder for the run, --out DIR")
-    parent = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"cannot write {out}: {parent} cannot be written; name another folder, --out DIR")
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "w") as file:
         try:
@@ -324,8 +306,6 @@ def resume(out, settings, args):
         visible = [file.name for file in out.glob("*") if not file.name.startswith(".")]
         if visible and "config.json" not in visible:
             raise UserError(f"{out} holds {visible[0]} and is no run folder: name another one, --out DIR")
-        if visible:
-            print(f"{out} held a run without a checkpoint: it starts again")
         return None
     found, checkpoint = evaluate.open_run(out).settings, evaluate.load_checkpoint(path)
     if not settings.keys() <= found.keys():
@@ -433,8 +413,8 @@ def resolve(args, world):
     to_make = args.data == "demo" and not root.exists()
     is_demo = to_make or (root / "demo.json").is_file()
     runtime = ("argv", "out", "cache", "workers", "micro_batch", "device", "compile", "checkpointing")
-    settings = {**(DEMO if is_demo else PASCAL), **{flag: value for flag, value in vars(args).items()
-                                                    if flag not in runtime and value is not None}}
+    given = {flag: value for flag, value in vars(args).items() if flag not in runtime and value is not None}
+    settings = (DEMO if is_demo else PASCAL) | given
     images = data.DEMO["train"]
     if not to_make:
         train_ids, val_ids = (data.read_ids(args.data, split) for split in ("train", "val"))
@@ -442,20 +422,17 @@ def resolve(args, world):
         if both:
             raise UserError(f"{both[0]} is in both train.txt and val.txt of {root} ({len(both)} such ids): "
                             "remove it from one")
-    args.pretrained, named = None, settings.get("weights")
     own = root / OWN_BACKBONE if is_demo and settings["backbone"] == DEMO["backbone"] else None
-    path = Path(named or own or "none")
-    if str(path) != "none" and (named or path.is_file()):
-        args.pretrained = ase.read_backbone(path)  # once: `train` copies them
-    if named and args.pretrained and not args.backbone:
-        settings["backbone"] = ase.backbone_for(args.pretrained)
-    if settings["backbone"] not in ase.BACKBONES:
-        raise UserError(f"unknown backbone {settings['backbone']!r}: expected one of "
-                        f"{', '.join(ase.BACKBONES)}")
-    if not named and not own:
+    weights = args.weights or own
+    if not weights:
         raise UserError(f"no weights for {settings['backbone']}: a frozen random backbone is no experiment; "
                         "name pretrained ones, --weights FILE (README tells where from), or mean it: "
                         "--weights none")
+    args.pretrained = None
+    if weights != "none" and (args.weights or own.is_file()):
+        args.pretrained = ase.read_backbone(weights)  # once: `train` copies them
+    if args.weights and args.pretrained and not args.backbone:
+        settings["backbone"] = ase.backbone_for(args.pretrained)
 
     tasks = args.tasks.split(",") if args.tasks else list(TASKS)
     for task in tasks:
@@ -466,16 +443,15 @@ def resolve(args, world):
     shape = ase.BACKBONES[settings["backbone"]] | ({"image": args.size} if args.size else {})
     names = ("experts", "topk", "shared", "rank", "gating", "noise", "lora")
     config = ase.Config(**shape, tasks=channels, **{name: getattr(args, name) for name in names})
-    if settings["batch"] > images:
-        raise UserError(f"--batch {settings['batch']} is larger than the {images} training images: lower it")
-    if settings["batch"] % world:
-        raise UserError(f"--batch {settings['batch']} does not divide among {world} processes: choose a "
-                        "multiple")
+    if settings["batch"] > images or settings["batch"] % world:
+        raise UserError(f"--batch {settings['batch']}: expected at most the {images} training images, and a "
+                        f"multiple of the {world} processes")
     if args.pretrained:
         with torch.device("meta"):  # nothing but shapes: a check of the file
             model = ase.ASE(config)
         ase.load_backbone(model, args.pretrained)
-    return settings | {"data": str(root), "weights": "none" if str(path) == "none" else str(path.resolve()),
+    return settings | {"data": str(root), "weights": str(weights if weights == "none" else
+                                                         Path(weights).resolve()),
                        "size": config.image, "lora": config.lora, "tasks": ",".join(channels),
                        "model": asdict(config)}
 
@@ -504,13 +480,11 @@ def main(argv=None):
                        help="experts in a layer, shared ones included; 0: none (default %(default)s)")
     group.add_argument("--topk", type=count, default=3, metavar="K",
                        help="sparse experts active for a token, shared ones apart (default %(default)s)")
-    group.add_argument("--shared", type=count, default=1, metavar="S",
-                       help="shared experts (default %(default)s)")
-    group.add_argument("--rank", type=count, default=4, metavar="R",
-                       help="rank of an expert (default %(default)s)")
-    group.add_argument("--gating", default="joint", metavar="|".join(ase.GATINGS),
+    group.add_argument("--shared", type=count, default=1, metavar="S", help="shared experts (default 1)")
+    group.add_argument("--rank", type=count, default=4, metavar="R", help="rank of an expert (default 4)")
+    group.add_argument("--gating", default="joint", choices=ase.GATINGS,
                        help="joint: one softmax over selected and shared experts, ASE; fixed: softmax before "
-                            "top-k, shared gates are 1 (default %(default)s)")
+                            "top-k, shared gates are 1 (default joint)")
     group.add_argument("--noise", type=number(float, 0), default=1.0, metavar="X",
                        help="factor of the routers' learned noise in training; 0: none (default %(default)s)")
     group.add_argument("--mi", type=number(float, 0), default=0.005, metavar="W",
@@ -518,14 +492,14 @@ def main(argv=None):
     group.add_argument("--lora", type=count, metavar="R",
                        help="rank of the backbone's LoRA; 0 trains it in full (default 4; without experts 0)")
     group.add_argument("--tasks", metavar="A,B", help=f"some of {','.join(TASKS)} (default all)")
-    group.add_argument("--backbone", metavar="NAME",
-                       help=f"{', '.join(ase.BACKBONES)} {by_data('backbone')}; given --weights decide it")
+    group.add_argument("--backbone", choices=ase.BACKBONES,
+                       help=f"shape of the ViT {by_data('backbone')}; given --weights decide it")
     group.add_argument("--weights", metavar="FILE",
                        help="pretrained ViT, .safetensors or torch.save; none: random (default a demo's own; "
                             "needed elsewhere)")
     group.add_argument("--mean-std", default="imagenet", choices=data.MEAN_STD,
                        help="the weights' normalisation: imagenet (DeiT, MAE, DINO) or half (timm's augreg, "
-                            "Google's) (default %(default)s)")
+                            "Google's) (default imagenet)")
 
     group = parser.add_argument_group("the data")
     group.add_argument("--data", default="demo", metavar="DIR",
@@ -537,17 +511,15 @@ def main(argv=None):
                        help="processes that read ahead (default 4 with a GPU, else 0)")
 
     group = parser.add_argument_group("the training (the paper says no more than: 40 epochs)")
-    group.add_argument("--out", default="run", metavar="DIR", help="the run folder (default %(default)s)")
+    group.add_argument("--out", default="run", metavar="DIR", help="the run folder (default run)")
     group.add_argument("--epochs", type=some, metavar="N", help=f"passes over the images {by_data('epochs')}")
-    group.add_argument("--batch", type=some, metavar="N",
-                       help=f"images a step, on all devices {by_data('batch')}")
+    group.add_argument("--batch", type=some, metavar="N", help=f"images a step, over all devices {by_data('batch')}")
     group.add_argument("--micro-batch", type=some, metavar="N",
                        help="images at a time on one device; gradients add up, router noise and mutual "
                             "information are each micro-batch's own (default all)")
-    group.add_argument("--lr", type=number(float, 1e-9), metavar="X",
-                       help=f"highest learning rate {by_data('lr')}")
+    group.add_argument("--lr", type=number(float, 1e-9), metavar="X", help=f"highest learning rate {by_data('lr')}")
     group.add_argument("--seed", type=number(int, 0, 1_000_000_000), default=0, metavar="N",
-                       help="of everything random (default %(default)s)")
+                       help="of everything random (default 0)")
     group.add_argument("--device", metavar="NAME", help="cpu, cuda, … (default cuda where there is one)")
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
     group.add_argument("--checkpointing", action="store_true",
