@@ -159,10 +159,9 @@ class LoRAExperts(nn.Module):
 
     def forward(self, x):
         """x (T, …, D) → update of its shape, probs (T, N−S), gates (T, N), as in `Routing`."""
-        tokens = x.flatten(1, -2)                                                        # (T, B·L, D)
-        z = self.logits(tokens)                                                          # (T, B·L, N)
+        z = self.logits(x)                                                               # (T, B·L, N)
         gates = gate(z, self.shared, self.topk, self.gating)                             # (T, B·L, N)
-        update = self.mix(tokens, gates)                                                 # (T, B·L, D)
+        update = self.mix(x.flatten(1, -2), gates)                                                 # (T, B·L, D)
         probs = z[..., self.shared:].softmax(-1).mean(1)                                 # (T, N−S)
         return update.view_as(x), probs, gates.mean(1)
 
