@@ -37,7 +37,7 @@ LARGEST = 8192  # side, width, depth, number or rank that a Config accepts: more
 PAPER_TASKS = {"semseg": 21, "human_parts": 7, "sal": 1, "edge": 1, "normals": 3}  # task → channels
 
 BACKBONES = {
-    "vit_tiny": dict(image=112, patch=16, dim=128, depth=4, heads=4, head_dim=32),  # for two cores
+    "vit_tiny": dict(image=96, patch=8, dim=128, depth=4, heads=4, head_dim=32),  # for two cores
     "vit_small": dict(image=224, patch=16, dim=384, depth=12, heads=6, head_dim=256),
     "vit_base": dict(image=224, patch=16, dim=768, depth=12, heads=12, head_dim=256),
 }

@@ -850,7 +850,7 @@ def parallel(function, items, what):
 
 # --------------------------------------------------------------------------------------------- the demo world
 
-DEMO = {"train": 1000, "val": 200, "size": 160}  # the demo made unasked: images, and their longest side
+DEMO = {"train": 1300, "val": 300, "size": 160}  # the demo made unasked: images, and their longest side
 
 # Each thing: VOC class (0: none), PASCAL-Context id, solids. Front is +x, left +z; ± is one on each side. A
 # solid: its shape, paint (/part), then x y z, height, half-width, half-depth; or, if it does not stand
@@ -1095,7 +1095,8 @@ def scene(seed, height, width):
     Saliency follows a rule that the image alone can teach: a thing scores √(its share of the image) ×
     nearness to the centre × colour contrast to the rest; the best and all above 60% of it stand out.
     """
-    image, names, owner, part, depth, normals = _render(seed, height, width, fine=2, shadow=192, crowd=3)
+    image, names, owner, part, depth, normals = _render(seed, height, width, fine=2, shadow=192, crowd=2,
+                                                        zoom=1.15)
     voc, context = np.array([THINGS[name][:2] for name in names]).T
     instance = np.where(voc[owner] > 0, owner, 0)
     border = scipy.ndimage.maximum_filter(instance, 3) != scipy.ndimage.minimum_filter(instance, 3)
@@ -1121,7 +1122,7 @@ def scene_classes(job):
     As in ImageNet the things are large: through a telephoto lens, and a class counts from 1% of the pixels.
     """
     seed, size = job
-    image, names, owner, *_ = _render(seed, size, size, fine=1, shadow=96, crowd=2, zoom=1.8)
+    image, names, owner, *_ = _render(seed, size, size, fine=1, shadow=96, crowd=2, zoom=1.5)
     voc = np.array([THINGS[name][0] for name in names])[owner]
     return image, np.bincount(voc.ravel(), minlength=21)[1:] > size * size / 100
 
@@ -1153,8 +1154,9 @@ def _write_scene(job):
     return name, [index if mask.mean() > .002 else -1 for _, index, mask, _ in s["objects"]]
 
 
-def make_demo(root, train=DEMO["train"], val=DEMO["val"], size=DEMO["size"]):
-    """Render a data set in PASCAL-Context's layout, named when complete. size: longest side, pixels."""
+def make_demo(root, train=DEMO["train"], val=DEMO["val"], size=DEMO["size"], seed=0):
+    """Render a data set in PASCAL-Context's layout, named when complete. size: longest side, pixels; another
+    seed (0 to 49): other scenes."""
     root = Path(root)
     if root.exists():
         raise UserError(f"{root} exists: name a folder that doesn't, or delete it")
@@ -1163,15 +1165,16 @@ def make_demo(root, train=DEMO["train"], val=DEMO["val"], size=DEMO["size"]):
         (partial / file).parent.mkdir(parents=True, exist_ok=True)
     shapes = ((3, 4), (4, 3), (2, 3), (5, 4), (3, 4), (4, 5), (9, 16), (1, 1))
     jobs = []
-    for number, first in ((train, 0), (val, 10**7)):
+    for number, first, year in ((train, 0, 2008), (val, 10**7, 2010)):
         for k in range(number):
             height, width = (round(size * side / max(shapes[k % 8])) for side in shapes[k % 8])
-            jobs.append((partial, f"{2010 if first else 2008 + k % 2}_{k + 1:06d}", first + k, height, width))
+            name = f"{year + k % 2 * (year < 2010)}_{k + 1:06d}"
+            jobs.append((partial, name, 2 * 10**7 * seed + first + k, height, width))
     made = list(parallel(_write_scene, jobs, "render"))
     for split, parts in (("train", dict(made[:train])), ("val", dict(made[train:]))):
         (partial / LISTS.format(split)).write_text("".join(f"{name}\n" for name in parts))
         (partial / f"ImageSets/Parts/{split}.txt").write_text(json.dumps(parts))
-    write_json(partial / "demo.json", {"train": train, "val": val, "size": size})
+    write_json(partial / "demo.json", {"train": train, "val": val, "size": size, "seed": seed})
     partial.rename(root)
 
 # --------------------------------------------------------------------------------------------- python data.py
@@ -1183,6 +1186,8 @@ def main(argv=None):
                         help="render a demo of N training and M validation images into DIR")
     parser.add_argument("--size", type=int, default=DEMO["size"],
                         help="longest side of --make's images, pixels (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="K",
+                        help="of --make's scenes, 0 to 49: others than the demo's (default %(default)s)")
     return command(parser, run, argv)
 
 
@@ -1190,10 +1195,10 @@ def run(args):
     root = Path(args.root)
     if args.make or (args.root == "demo" and not root.exists()):
         train, val = args.make or (DEMO["train"], DEMO["val"])
-        if not (1 <= train <= 10**6 and 1 <= val <= 10**6 and 32 <= args.size <= 4096):
-            raise UserError(f"--make {train} {val} --size {args.size}: "
-                            "expected 1 image or more, 32 to 4096 pixels")
-        make_demo(root, train, val, args.size)
+        if not (1 <= train <= 10**6 and 1 <= val <= 10**6 and 32 <= args.size <= 4096 and 0 <= args.seed < 50):
+            raise UserError(f"--make {train} {val} --size {args.size} --seed {args.seed}: expected 1 image or "
+                            "more, 32 to 4096 pixels, a seed from 0 to 49")
+        make_demo(root, train, val, args.size, args.seed)
     tasks, images = check(locate(root))
     if tasks:
         path = f"contact_{root.resolve().name}.png"

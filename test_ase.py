@@ -661,7 +661,7 @@ def test_weights_are_read_once_and_serve_several_models(tmp_path, monkeypatch):
     pretrained = ase.read_backbone(tmp_path / "weights")
     assert ase.backbone_for(pretrained) == "vit_tiny"
     smaller, same = ase.ASE(ase.Config(**tiny | dict(image=80))), ase.ASE(ase.Config(**tiny))
-    assert "from 7×7 to 5×5" in ase.load_backbone(smaller, pretrained)
+    assert "from 12×12 to 10×10" in ase.load_backbone(smaller, pretrained)
     assert "resized" not in ase.load_backbone(same, pretrained)
     assert torch.equal(same.pos_embed, read(tmp_path / "weights")["pos_embed"]) and len(calls) == 1
 
@@ -1830,8 +1830,10 @@ def test_validation_losses_do_not_depend_on_the_batch(mini):
     """Seven images in batches of 1, 3 or 7: the last, incomplete one counts as it should."""
     model = ase.ASE(ase.Config(image=32, dim=12, depth=1, heads=2, head_dim=8, experts=3, topk=1, rank=2))
     dataset = data.PascalContext(mini, "val", 32)
-    losses = [train.validate(model, dataset, {"batch": batch, "mean_std": "half"}, 0)[0]
-              for batch in (1, 3, 7)]
+    losses, routings = zip(*(train.validate(model, dataset, {"batch": batch, "mean_std": "half"}, 0)
+                             for batch in (1, 3, 7)))
+    for found, expected in itertools.chain(zip(routings[1], routings[0]), zip(routings[2], routings[0])):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     for task in set(TASKS) - {"sal"}:  # saliency's weights are those of the batch
         assert losses[0][task] == pytest.approx(losses[1][task], rel=1e-5)
         assert losses[0][task] == pytest.approx(losses[2][task], rel=1e-5)
@@ -2002,6 +2004,15 @@ def test_a_divided_batch_means_the_same_as_a_whole_one(mini, tmp_path):
             np.testing.assert_allclose(one, other, atol=1e-4, err_msg=out)
 
 
+def test_the_regulariser_of_micro_batches_counts_by_their_images(mini, tmp_path, monkeypatch):
+    """With a linear function in the place of mutual information the parts add up to the whole."""
+    monkeypatch.setattr(ase, "mutual_information", lambda p: (p * torch.arange(p.shape[-1])).sum((1, 2)))
+    for out in ("whole", "parts --micro-batch 3"):
+        train.main(flags(mini, tmp_path / out.split()[0], f"--mi 1 --noise 0 --lr 1e-4 {out[5:]}"))
+    for whole, parts in zip(*(logged(tmp_path / out, "step") for out in ("whole", "parts"))):
+        assert parts["norm"] == pytest.approx(whole["norm"], rel=1e-4)
+
+
 def test_each_epoch_has_an_order_and_warps_of_its_own():
     (order, warps), (other, others), (again, _) = (train.shuffle(101, epoch, 3) for epoch in (0, 1, 0))
     assert order.tolist() == again.tolist() != other.tolist() and sorted(order.tolist()) == list(range(101))
@@ -2014,6 +2025,44 @@ def test_pretrained_weights_are_taken_and_stay(mini, tmp_path):
     train.main(flags(mini, tmp_path / "run", f"--epochs 1 --weights {tmp_path / 'vit.pt'}"))
     after = weights_of(tmp_path / "run")
     assert all(torch.equal(after[name], x) for name, x in tiny.items())
+
+
+def test_a_demo_starts_from_the_backbone_that_comes_with_the_project(mini, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = flags(mini, "run", "--epochs 1")
+    del argv[argv.index("--weights"):argv.index("--weights") + 2]
+    train.main(argv)
+    shipped, after = ase.load(train.OWN_BACKBONE), weights_of(Path("run"))
+    assert shipped.keys() == vit_names(4) and train.OWN_BACKBONE.stat().st_size < 4e6
+    assert all(torch.equal(after[name], x.float()) for name, x in shipped.items() if name != "pos_embed")
+
+
+def test_pretraining_goes_on_after_a_kill_and_its_file_is_one_like_any_other(tmp_path, monkeypatch, fails):
+    monkeypatch.setattr(train, "PRETRAIN", dict(images=12, held_out=8, epochs=2, batch=4, lr=1e-3, seed=0))
+    whole, killed = tmp_path / "whole.pt", tmp_path / "killed.pt"
+    train.main(["--pretrain", str(whole)])
+
+    def kill(step, *of):
+        assert step < 4, "killed"
+        return rate(step, *of)
+
+    rate = train.learning_rate
+    with monkeypatch.context() as patch, pytest.raises(AssertionError, match="killed"):
+        patch.setattr(train, "learning_rate", kill)
+        train.main(["--pretrain", str(killed)])
+    assert not killed.exists()
+    train.main(["--pretrain", str(killed)])
+    found, expected = ase.load(killed), ase.load(whole)
+    assert all(torch.equal(found[name], x) and x.dtype == torch.half for name, x in expected.items())
+    torch.manual_seed(0)
+    fresh = ase.ASE(ase.Config(**ase.BACKBONES["vit_tiny"], experts=0, tasks={"classes": 20}))
+    before = {name: p.half() for name, p in fresh.named_parameters()}
+    still = {name for name, x in expected.items() if torch.equal(x, before[name])}
+    assert still == {"patch_embed.proj.weight", "patch_embed.proj.bias"}  # these stay random
+    assert f"{len(vit_names(4))} tensors loaded" in ase.load_backbone(fresh, whole)
+    facts = json.loads((tmp_path / "whole.json").read_text())
+    assert facts["images"] == 12 and 0 <= facts["f1"] <= 1 and len(list(tmp_path.iterdir())) == 4
+    assert "exists" in fails(train.main, "--pretrain", whole)
 
 
 @pytest.mark.parametrize("more", ["--lora 0", "--experts 0", "--experts 0 --lora 3 --tasks normals,sal",
@@ -2628,7 +2677,7 @@ def test_readmes_other_data_set_with_three_tasks(mini, tmp_path):
             classes = np.array(Image.open(data.find(mini, "semseg", id)))
             classes = np.where(classes == IGNORE, 0, classes + 1).astype(np.uint8)
             Image.fromarray(classes).save(root / f"segmentation/{id}.png")
-    metrics = changed(tmp_path, 2, judged(root, "--backbone vit_tiny"))
+    metrics = changed(tmp_path, 2, judged(root, "--backbone vit_tiny --tasks semseg,edge,normals"))
     assert set(metrics) == {"semseg", "edge", "normals"}
 
 

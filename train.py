@@ -44,13 +44,15 @@ import evaluate
 from data import TASKS, UserError
 
 # What the paper does not say is ours: optimiser, learning rate, warm-up, clipping.
-DEMO = dict(backbone="vit_tiny", epochs=11, batch=8, lr=2e-3, val_images=50)
+DEMO = dict(backbone="vit_tiny", epochs=3, batch=2, lr=2e-3, val_images=50)
 PASCAL = dict(backbone="vit_base", epochs=40, batch=32, lr=5e-4, val_images=500)
 WEIGHT_DECAY = 0.01
 WARMUP = 0.05        # fraction of all steps
 GRAD_CLIP = 10.0     # largest norm of the gradient
 PRETRAINED_LR = 0.1  # pretrained weights that are trained (--lora 0): their factor of the learning rate
-LOG_EVERY = 10       # steps
+LOG_EVERY = 50       # steps
+OWN_BACKBONE = Path(__file__).parent / "assets/vit_tiny.pt"  # the demo's, made by --pretrain
+PRETRAIN = dict(images=24_000, held_out=400, epochs=8, batch=16, lr=1e-3, seed=0)
 
 
 def learning_rate(step, steps, peak):
@@ -95,7 +97,7 @@ def train(settings, args, rank, world, device):
     # -- the data
     if rank > 0:
         dist.barrier()  # process 0 renders and parses first
-    train_set, val_set = prepare(settings, args, device)
+    train_set, val_set = prepare(settings, args)
     if rank == 0 and world > 1:
         dist.barrier()
     batch_size = settings["batch"]  # the effective one, of all processes
@@ -330,14 +332,12 @@ def next_command(out):
     return f"next: python evaluate.py {shlex.quote(str(out))}"
 
 
-def prepare(settings, args, device):
+def prepare(settings, args):
     """The training images and those of the validation losses, parsed into the cache. Makes the demo."""
-    root, weights, config = Path(settings["data"]), Path(settings["weights"]), settings["model"]
+    root, config = Path(settings["data"]), settings["model"]
     if args.data == "demo" and not root.exists():
         print("data       rendering the demo world into demo/", flush=True)
         data.make_demo(root)
-    if weights == root / OWN_BACKBONE and not weights.is_file():
-        pretrain(weights, settings["backbone"], device)
     train_set, val_set = (data.PascalContext(root, split, config["image"], config["tasks"])
                           for split in ("train", "val"))
     val_set.ids = val_set.ids[::-(-len(val_set) // settings["val_images"])]
@@ -346,46 +346,59 @@ def prepare(settings, args, device):
     return train_set, val_set
 
 
-OWN_BACKBONE = "backbone.pt"  # in a demo's folder
-
-
 def pretrain(path, backbone, device):
-    """Pretrain the demo's backbone on one task alone: which classes are in an image. Writes `path`."""
-    number, held_out, epochs, batch, peak = 4000, 400, 9, 16, 1e-3
-    side = ase.BACKBONES[backbone]["image"]
-    print(f"backbone   pretraining {backbone} on {number} images of their own", flush=True)
-    # seeds that no scene of the demo has
+    """Train a backbone on one task alone: which classes are in an image of the demo world. Writes `path`, in
+    half precision, and beside it a .json that tells how; after a kill it goes on from its last epoch."""
+    number, held_out, epochs, batch, peak, seed = PRETRAIN.values()
+    side, partial = ase.BACKBONES[backbone]["image"], path.with_name(f"{path.name}.partial")
+    if path.exists() or not path.parent.is_dir():
+        raise UserError(f"cannot make {path}: it exists, or its folder doesn't; name another file")
+    print(f"pretraining {backbone} on {number} images of their own, {epochs} epochs", flush=True)
+    # seeds that no scene of a demo has
     seeds = range(10 ** 9, 10 ** 9 + number + held_out)
     scenes = list(data.parallel(data.scene_classes, [(seed, side) for seed in seeds], "render"))
     images = torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image, _ in scenes])  # (n, 3, S, S)
     present = torch.stack([torch.from_numpy(classes) for _, classes in scenes]).float()      # (n, 20)
-    torch.manual_seed(0)
+    del scenes
+    torch.manual_seed(seed)
     classes = present.shape[1]
     model = ase.ASE(ase.Config(**ase.BACKBONES[backbone], experts=0, tasks={"classes": classes})).to(device)
     classify = torch.nn.Linear(model.config.dim, classes).to(device)
-    # The patch embedding stays random, as in MoCo v3 (Chen et al. 2021): F1 72% instead of 64%, and a patch
-    # keeps its detail for the other tasks. The strong decay keeps tokens small: adapters can move them.
+    # The patch embedding stays random, as in MoCo v3 (Chen et al. 2021): a better F1, and a patch keeps its
+    # detail for the other tasks. The strong decay keeps tokens small: adapters can move them.
     model.patch_embed.requires_grad_(False)
     vit = [p for name, p in model.named_parameters() if ase.part(name) == "backbone"]
     parameters = [p for p in (*vit, *classify.parameters()) if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.3)
-    steps = number // batch
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.3, fused=True)
+    saved = {"model": model, "classify": classify, "optimizer": optimizer}
+    steps, first_epoch, seconds = number // batch, 0, 0.0
+    if partial.is_file():
+        state = ase.load(partial)
+        for name in saved:
+            saved[name].load_state_dict(state[name])
+        first_epoch, seconds = state["epoch"], state["seconds"]
 
     def logits(x):
         x = data.normalise(x.to(device).float(), "imagenet")
         return classify(model.features(x)[0][0].mean(1))
 
-    for step in data.progress(range(steps * epochs), steps * epochs, "pretrain"):
-        if step % steps == 0:
-            order = torch.randperm(number)
-        indices = order[step % steps * batch:][:batch]
-        optimizer.param_groups[0]["lr"] = learning_rate(step, steps * epochs, peak)
-        mirrored = (torch.rand(batch) < 0.5).view(-1, 1, 1, 1)
-        x = torch.where(mirrored, images[indices].flip(3), images[indices])
-        loss = F.binary_cross_entropy_with_logits(logits(x), present[indices].to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    for epoch in range(first_epoch, epochs):
+        began, total = time.time(), 0.0
+        generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+        order = torch.randperm(number, generator=generator)[:steps * batch].split(batch)
+        for step, indices in enumerate(data.progress(order, steps, f"epoch {epoch + 1}"), epoch * steps):
+            optimizer.param_groups[0]["lr"] = learning_rate(step, steps * epochs, peak)
+            mirrored = (torch.rand(batch, generator=generator) < 0.5).view(-1, 1, 1, 1)
+            x = torch.where(mirrored, images[indices].flip(3), images[indices])
+            loss = F.binary_cross_entropy_with_logits(logits(x), present[indices].to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item()
+        seconds += time.time() - began
+        print(f"epoch {epoch + 1:2}   loss {total / steps:.4f}   {data.duration(seconds)}", flush=True)
+        state = {name: saved[name].state_dict() for name in saved} | {"epoch": epoch + 1, "seconds": seconds}
+        data.write_atomically(partial, lambda file: torch.save(state, file))
     with torch.inference_mode():
         rest = torch.arange(number, number + held_out)
         found = torch.cat([logits(images[i]) for i in rest.split(batch)]).cpu() > 0
@@ -393,12 +406,14 @@ def pretrain(path, backbone, device):
     occur = truth.any(0)  # the demo has 9 of the 20 classes
     found, truth = found[:, occur], truth[:, occur]
     f1 = (2 * (found & truth).sum(0) / (found.sum(0) + truth.sum(0)).clamp(min=1)).mean().item()
-    told = {"accuracy": (found == truth).float().mean().item(), "f1": f1, "images": number, "epochs": epochs}
-    print(f"backbone   pretrained on which of {truth.shape[1]} classes are in an image: accuracy "
-          f"{told['accuracy']:.1%}, mean F1 {f1:.1%} on {held_out} held out; kept as {path}")
+    told = PRETRAIN | {"backbone": backbone, "accuracy": (found == truth).float().mean().item(), "f1": f1,
+                       "seconds": round(seconds), "torch": torch.__version__}
+    print(f"which of {truth.shape[1]} classes are in an image: accuracy {told['accuracy']:.1%}, mean F1 "
+          f"{f1:.1%} on {held_out} held out; kept as {path}")
     data.write_json(path.with_suffix(".json"), told)
-    state = {name: p for name, p in model.state_dict().items() if ase.part(name) == "backbone"}
+    state = {name: p.half() for name, p in model.state_dict().items() if ase.part(name) == "backbone"}
     data.write_atomically(path, lambda file: torch.save(state, file))
+    partial.unlink()
 
 
 # ------------------------------------------------------------------------------------------ python train.py
@@ -412,7 +427,8 @@ def resolve(args, world):
     root = Path(args.data).resolve()
     to_make = args.data == "demo" and not root.exists()
     is_demo = to_make or (root / "demo.json").is_file()
-    runtime = ("argv", "out", "cache", "workers", "micro_batch", "device", "compile", "checkpointing")
+    runtime = ("argv", "out", "cache", "workers", "micro_batch", "device", "compile", "checkpointing",
+               "pretrain")
     given = {flag: value for flag, value in vars(args).items() if flag not in runtime and value is not None}
     settings = (DEMO if is_demo else PASCAL) | given
     images = data.DEMO["train"]
@@ -422,16 +438,14 @@ def resolve(args, world):
         if both:
             raise UserError(f"{both[0]} is in both train.txt and val.txt of {root} ({len(both)} such ids): "
                             "remove it from one")
-    own = root / OWN_BACKBONE if is_demo and settings["backbone"] == DEMO["backbone"] else None
-    weights = args.weights or own
+    own = is_demo and settings["backbone"] == DEMO["backbone"]
+    weights = args.weights or (str(OWN_BACKBONE) if own else None)
     if not weights:
         raise UserError(f"no weights for {settings['backbone']}: a frozen random backbone is no experiment; "
                         "name pretrained ones, --weights FILE (README tells where from), or mean it: "
                         "--weights none")
-    args.pretrained = None
-    if weights != "none" and (args.weights or own.is_file()):
-        args.pretrained = ase.read_backbone(weights)  # once: `train` copies them
-    if args.weights and args.pretrained and not args.backbone:
+    args.pretrained = None if weights == "none" else ase.read_backbone(weights)  # once: `train` copies them
+    if args.pretrained and not args.backbone:
         settings["backbone"] = ase.backbone_for(args.pretrained)
 
     tasks = args.tasks.split(",") if args.tasks else list(TASKS)
@@ -497,6 +511,8 @@ def main(argv=None):
     group.add_argument("--weights", metavar="FILE",
                        help="pretrained ViT, .safetensors or torch.save; none: random (default a demo's own; "
                             "needed elsewhere)")
+    group.add_argument("--pretrain", metavar="FILE",
+                       help="make the demo's backbone anew, as FILE, and nothing else: an hour")
     group.add_argument("--mean-std", default="imagenet", choices=data.MEAN_STD,
                        help="the weights' normalisation: imagenet (DeiT, MAE, DINO) or half (timm's augreg, "
                             "Google's) (default imagenet)")
@@ -506,18 +522,19 @@ def main(argv=None):
                        help="a folder in PASCAL-Context's layout; demo is made where missing (default demo)")
     group.add_argument("--cache", metavar="DIR", help="of parsed images (default cache/ in the data set)")
     group.add_argument("--size", type=some, metavar="PIXELS",
-                       help="side of the network's square input (default the backbone's, 112 or 224)")
+                       help="side of the network's square input (default the backbone's, 96 or 224)")
     group.add_argument("--workers", type=number(int, 0, 256), metavar="N",
                        help="processes that read ahead (default 4 with a GPU, else 0)")
 
     group = parser.add_argument_group("the training (the paper says no more than: 40 epochs)")
     group.add_argument("--out", default="run", metavar="DIR", help="the run folder (default run)")
     group.add_argument("--epochs", type=some, metavar="N", help=f"passes over the images {by_data('epochs')}")
-    group.add_argument("--batch", type=some, metavar="N", help=f"images a step, over all devices {by_data('batch')}")
+    group.add_argument("--batch", type=some, metavar="N", help=f"images a step {by_data('batch')}")
     group.add_argument("--micro-batch", type=some, metavar="N",
                        help="images at a time on one device; gradients add up, router noise and mutual "
                             "information are each micro-batch's own (default all)")
-    group.add_argument("--lr", type=number(float, 1e-9), metavar="X", help=f"highest learning rate {by_data('lr')}")
+    group.add_argument("--lr", type=number(float, 1e-9), metavar="X",
+                       help=f"highest learning rate {by_data('lr')}")
     group.add_argument("--seed", type=number(int, 0, 1_000_000_000), default=0, metavar="N",
                        help="of everything random (default 0)")
     group.add_argument("--device", metavar="NAME", help="cpu, cuda, … (default cuda where there is one)")
@@ -531,6 +548,8 @@ def run(args):
     """Check everything, then train."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = data.pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
+    if args.pretrain:
+        return pretrain(Path(args.pretrain), args.backbone or DEMO["backbone"], device)
     try:
         settings = resolve(args, world)
     except ValueError as error:
