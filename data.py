@@ -850,7 +850,7 @@ def parallel(function, items, what):
 
 # --------------------------------------------------------------------------------------------- the demo world
 
-DEMO = {"train": 1300, "val": 300, "size": 160}  # the demo made unasked: images, and their longest side
+DEMO = {"train": 1200, "val": 300, "size": 160}  # the demo made unasked: images, and their longest side
 
 # Each thing: VOC class (0: none), PASCAL-Context id, solids. Front is +x, left +z; ± is one on each side. A
 # solid: its shape, paint (/part), then x y z, height, half-width, half-depth; or, if it does not stand
