@@ -969,10 +969,14 @@ PICTURES = ("predictions", "experts", "curves", "edges")
 def draw_run(run, result, model, dataset, device):
     """All pictures of a run, into its folder; those that depend on the protocol are named like its file."""
     protocol = result["file"].removeprefix("metrics").removesuffix(".json")
-    chosen = dataset.ids[::max(1, len(dataset) // 6)][:6]
+    spread = dataset.ids[::max(1, len(dataset) // 40)][:40]
+    images = [read_truth(dataset.root, id, list(run.config.tasks)) for id in spread]
+
+    def without_truth(image):
+        return sum(not (x.any() if x.ndim == 3 else (x != IGNORE).any()) for x in image[1].values())
+
     samples = []
-    for id in chosen:
-        image, truth = read_truth(dataset.root, id, list(run.config.tasks))
+    for image, truth in sorted(images, key=without_truth)[:6]:  # with people, where there are any
         activated = predict(model, image, run.settings["mean_std"], device)
         samples.append((image.transpose(1, 2, 0), truth, to_native(activated, image.shape[1:])))
     draw_predictions(run.folder / f"predictions{protocol}.png", samples)

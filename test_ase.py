@@ -2228,6 +2228,17 @@ def test_evaluating_draws_remembers_and_tells(finished, table):
     assert tree(finished) == written  # the same again needs no writing
 
 
+def test_images_with_truth_in_every_task_are_drawn_first(finished, mini, table, monkeypatch):
+    seen = []
+    monkeypatch.setattr(evaluate, "draw_predictions", lambda path, samples: seen.extend(samples))
+    table(finished)
+    people = [(truth["human_parts"] != IGNORE).any() for _, truth, _ in seen]
+    split = data.PascalContext(mini, "val", 32)
+    parts = [bool((split[i][1]["human_parts"] != IGNORE).any()) for i in range(7)]
+    assert people == sorted(people, reverse=True) and len(people) == 6
+    assert 0 < sum(people) == min(6, sum(parts)) < 6
+
+
 @pytest.fixture
 def counting(monkeypatch):
     """No image is judged, the sums are made up, nothing is drawn: a list of the numbers of images that would
