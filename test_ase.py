@@ -2063,6 +2063,8 @@ def test_pretraining_goes_on_after_a_kill_and_its_file_is_one_like_any_other(tmp
     facts = json.loads((tmp_path / "whole.json").read_text())
     assert facts["images"] == 12 and 0 <= facts["f1"] <= 1 and len(list(tmp_path.iterdir())) == 4
     assert "exists" in fails(train.main, "--pretrain", whole)
+    (tmp_path / "bad.pt.partial").write_text("no checkpoint")
+    assert "bad.pt.partial" in fails(train.main, "--pretrain", tmp_path / "bad.pt")
 
 
 @pytest.mark.parametrize("more", ["--lora 0", "--experts 0", "--experts 0 --lora 3 --tasks normals,sal",

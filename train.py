@@ -354,14 +354,8 @@ def pretrain(path, backbone, device):
     if path.exists() or not path.parent.is_dir():
         raise UserError(f"cannot make {path}: it exists, or its folder doesn't; name another file")
     print(f"pretraining {backbone} on {number} images of their own, {epochs} epochs", flush=True)
-    # seeds that no scene of a demo has
-    seeds = range(10 ** 9, 10 ** 9 + number + held_out)
-    scenes = list(data.parallel(data.scene_classes, [(seed, side) for seed in seeds], "render"))
-    images = torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image, _ in scenes])  # (n, 3, S, S)
-    present = torch.stack([torch.from_numpy(classes) for _, classes in scenes]).float()      # (n, 20)
-    del scenes
     torch.manual_seed(seed)
-    classes = present.shape[1]
+    classes = len(data.VOC_CLASSES) - 1
     model = ase.ASE(ase.Config(**ase.BACKBONES[backbone], experts=0, tasks={"classes": classes})).to(device)
     classify = torch.nn.Linear(model.config.dim, classes).to(device)
     # The patch embedding stays random, as in MoCo v3 (Chen et al. 2021): a better F1, and a patch keeps its
@@ -373,10 +367,17 @@ def pretrain(path, backbone, device):
     saved = {"model": model, "classify": classify, "optimizer": optimizer}
     steps, first_epoch, seconds = number // batch, 0, 0.0
     if partial.is_file():
-        state = ase.load(partial)
-        for name in saved:
-            saved[name].load_state_dict(state[name])
-        first_epoch, seconds = state["epoch"], state["seconds"]
+        with data.reading(partial, "delete it to start anew"):
+            state = ase.load(partial)
+            for name in saved:
+                saved[name].load_state_dict(state[name])
+            first_epoch, seconds = state["epoch"], state["seconds"]
+    # seeds that no scene of a demo has
+    seeds = range(10 ** 9, 10 ** 9 + number + held_out)
+    scenes = list(data.parallel(data.scene_classes, [(seed, side) for seed in seeds], "render"))
+    images = torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image, _ in scenes])  # (n, 3, S, S)
+    present = torch.stack([torch.from_numpy(classes) for _, classes in scenes]).float()      # (n, 20)
+    del scenes
 
     def logits(x):
         x = data.normalise(x.to(device).float(), "imagenet")
