@@ -161,7 +161,7 @@ class LoRAExperts(nn.Module):
         """x (T, …, D) → update of its shape, probs (T, N−S), gates (T, N), as in `Routing`."""
         z = self.logits(x)                                                               # (T, B·L, N)
         gates = gate(z, self.shared, self.topk, self.gating)                             # (T, B·L, N)
-        update = self.mix(x.flatten(1, -2), gates)                                                 # (T, B·L, D)
+        update = self.mix(x.flatten(1, -2), gates)                                       # (T, B·L, D)
         probs = z[..., self.shared:].softmax(-1).mean(1)                                 # (T, N−S)
         return update.view_as(x), probs, gates.mean(1)
 

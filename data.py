@@ -1195,7 +1195,8 @@ def run(args):
     root = Path(args.root)
     if args.make or (args.root == "demo" and not root.exists()):
         train, val = args.make or (DEMO["train"], DEMO["val"])
-        if not (1 <= train <= 10**6 and 1 <= val <= 10**6 and 32 <= args.size <= 4096 and 0 <= args.seed < 50):
+        allowed = range(1, 10**6), range(1, 10**6), range(32, 4097), range(50)
+        if not all(value in values for value, values in zip((train, val, args.size, args.seed), allowed)):
             raise UserError(f"--make {train} {val} --size {args.size} --seed {args.seed}: expected 1 image or "
                             "more, 32 to 4096 pixels, a seed from 0 to 49")
         make_demo(root, train, val, args.size, args.seed)

@@ -1210,9 +1210,10 @@ def test_recall_and_thinned_pixels_are_matlabs_on_bsds500():
 
 def five_maps(height=20, width=30):
     normals = rng.normal(size=(3, height, width))
+    normals /= np.linalg.norm(normals, axis=0)
     classes = {task: rng.integers(0, high, (height, width))
                for task, high in (("semseg", 21), ("human_parts", 7), ("edge", 2))}
-    return classes | {"sal": rng.random((height, width)), "normals": normals / np.linalg.norm(normals, axis=0)}
+    return classes | {"sal": rng.random((height, width)), "normals": normals}
 
 
 def drawn(path):
