@@ -128,32 +128,39 @@ def gate(logits, shared, topk, gating):
 
 
 class LoRAExperts(nn.Module):
-    """N LoRA experts beside an FFN, shared by all tasks, and a router for each task: Σ g_i E_i(x) of Eq. 10.
+    """N LoRA experts beside an FFN, used by every task, and a router for each task: Σ g_i E_i(x) of Eq. 10.
 
     All experts are computed: side by side they are one matrix of N·R rows, which costs about 2% of the FFN
-    in the paper's settings (N·R = 64); an expert that was not selected has gate 0. No loop, no scatter, no
-    dropped token.
+    in the paper's settings (N·R = 64); an expert that was not selected has gate 0. No loop over experts, no
+    token dispatch, no dropped token. What a task owns carries its name, `router.semseg`; `tasks`: T names, or
+    T itself.
     """
 
     def __init__(self, *, dim, tasks, experts, topk, shared, rank, gating="joint", noise=1.0):
         super().__init__()
         self.topk, self.shared, self.gating, self.noise = topk, shared, gating, noise
-        self.router = nn.Parameter(torch.empty(tasks, dim, experts))  # W_s, W_g of Eq. 6–7, transposed
-        self.router_noise = nn.Parameter(torch.zeros(tasks, dim, experts)) if noise else None
+        tasks = [*map(str, range(tasks) if isinstance(tasks, int) else tasks)]
+        # Eq. 6–7, transposed: the first S columns are W_s (shared experts), the others W_g (sparse ones)
+        self.router = nn.ParameterDict((task, 0.02 * torch.randn(dim, experts)) for task in tasks)
+        self.router_noise = nn.ParameterDict((task, torch.zeros(dim, experts)) for task in tasks if noise)
         self.down = nn.Parameter(torch.empty(experts, rank, dim))     # A_i
-        self.up = nn.Parameter(torch.empty(experts, rank, dim))       # B_i, transposed
-        nn.init.normal_(self.router, std=0.02)
+        self.up = nn.Parameter(torch.zeros(experts, rank, dim))       # B_i, transposed
         nn.init.kaiming_uniform_(self.down.view(-1, dim), a=math.sqrt(5))
-        nn.init.zeros_(self.up)
 
     def logits(self, x):
-        """Router logits, float32 or more, noisy in training only. x (T, …, D) → (T, B·L, N)."""
+        """Router logits, noisy in training only; outside autocast, in float32 at least.
+
+        x (T, …, D) → (T, B·L, N).
+        """
+        def each(x, matrices):
+            return torch.bmm(x, torch.stack([*matrices.values()]).to(x.dtype))           # (T, B·L, N)
+
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(1, -2)         # (T, B·L, D)
-            z = torch.bmm(x, self.router.to(x.dtype))                                    # (T, B·L, N)
+            z = each(x, self.router)                                                     # (T, B·L, N)
             if self.training and self.noise:
                 # Shazeer et al. 2017, Eq. 4: z + ε · softplus(W_noise x); the floor of 0.01 is their code's
-                deviation = F.softplus(torch.bmm(x, self.router_noise.to(x.dtype))) + 0.01
+                deviation = F.softplus(each(x, self.router_noise)) + 0.01                # (T, B·L, N)
                 z = z + self.noise * deviation * torch.randn_like(z)                     # (T, B·L, N)
         return z
 
@@ -168,6 +175,7 @@ class LoRAExperts(nn.Module):
     def mix(self, x, gates):
         """Σ g_i E_i(x). x (T, B·L, D), gates (T, B·L, N) → (T, B·L, D)."""
         hidden = x @ self.down.flatten(0, 1).T                                           # (T, B·L, N·R)
+        # (T, B·L, N, R): each expert's R hidden channels times its gate
         hidden = hidden.unflatten(-1, self.down.shape[:2]) * gates.to(hidden.dtype).unsqueeze(-1)
         return hidden.flatten(-2) @ self.up.flatten(0, 1)                                # (T, B·L, D)
 
@@ -175,9 +183,9 @@ class LoRAExperts(nn.Module):
         """The update without noise as the paper prints it: a loop over tasks, tokens and experts."""
         shared, sparse = range(self.shared), range(self.shared, len(self.down))
         update = []
-        for t, tokens in enumerate(x.flatten(1, -2)):
+        for router, tokens in zip(self.router.values(), x.flatten(1, -2)):
             for token in tokens:
-                z = token @ self.router[t]
+                z = token @ router
                 kept = sorted(sparse, key=lambda i: -z[i])[:self.topk]
                 if self.gating == "joint":
                     total = sum(z[i].exp() for i in [*shared, *kept])                    # Eq. 8–9
@@ -268,7 +276,7 @@ class Block(nn.Module):
         self.mlp = FFN(config)
         self.experts = None
         if config.experts:
-            self.experts = LoRAExperts(dim=config.dim, tasks=len(config.tasks), experts=config.experts,
+            self.experts = LoRAExperts(dim=config.dim, tasks=config.tasks, experts=config.experts,
                                        topk=config.topk, shared=config.shared, rank=config.rank,
                                        gating=config.gating, noise=config.noise)
 
@@ -323,7 +331,7 @@ class ASE(nn.Module):
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, config.dim))
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + patches, config.dim))
         if config.experts:
-            self.task_embedding = nn.Parameter(torch.zeros(len(config.tasks), config.dim))
+            self.task_embedding = nn.ParameterDict((task, torch.zeros(config.dim)) for task in config.tasks)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.dim, eps=1e-6)
         self.heads = nn.ModuleDict({task: Head(config, channels) for task, channels in config.tasks.items()})
@@ -339,7 +347,7 @@ class ASE(nn.Module):
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed    # (B, L, D)
         x = x[None]                                                                      # (1, B, L, D)
         if self.config.experts:
-            x = x + self.task_embedding[:, None, None]                                   # (T, B, L, D)
+            x = x + torch.stack([*self.task_embedding.values()])[:, None, None]          # (T, B, L, D)
         probs, gates = [], []
         for block in self.blocks:
             x, p, g = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
@@ -362,7 +370,7 @@ PARTS = {  # part → the whole names of its parameters, as a pattern
     "backbone": r"cls_token|pos_embed|patch_embed\.proj\.(weight|bias)|norm\.(weight|bias)"
                 r"|blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\.(weight|bias)",
     "LoRA": r"blocks\..*\.lora_(down|up)", "experts": r"blocks\.\d+\.experts\.(?!router).*",
-    "routers": r"blocks\.\d+\.experts\.router.*", "embeddings": "task_embedding", "heads": r"heads\..*",
+    "routers": r"blocks\.\d+\.experts\.router.*", "embeddings": r"task_embedding\..*", "heads": r"heads\..*",
     "others": ".*"}
 
 

@@ -965,14 +965,14 @@ def _solids(rng, name, where, heading):
     return zip(parts, bulges, [paints[name] for name in paint], turn @ axes, ends.mean(1) @ turn.T + where)
 
 
-def _furnish(rng, reach, crowd):
+def _furnish(rng, reach, crowd, people):
     """The things in a scene, (name, solids), the room first; the view is `reach` wide at a distance of 1."""
-    indoors, angle, peopled = rng.random() < .55, rng.uniform(-.5, .5), rng.random() < .6
+    indoors, angle, persons = rng.random() < .55, rng.uniform(-.5, .5), int(people + 1 - rng.random())
     room = ["sky", "floor", "wall"] if indoors else ["sky", rng.choice(["floor", "grass"])]
     things = [(name, _solids(rng, name, np.zeros(3), angle * (name != "sky"))) for name in room]
     places = []
     wanted = list(rng.choice(INDOORS if indoors else OUTDOORS, crowd))
-    wanted += ["person"] * (peopled * rng.integers(1, crowd))
+    wanted += ["person"] * persons
     for name in rng.permutation(wanted):
         large = name in ("car", "sofa")
         where = rng.uniform([-reach / 2, 0, 2.7 + large], [reach / 2, 0, 2.7 + crowd / 2 + large])
@@ -1045,16 +1045,16 @@ def _lit(points, solids, lamp, target, pixels):
     return z < reach[y, x] + .1
 
 
-def _render(seed, height, width, fine, shadow, crowd, zoom=1):
+def _render(seed, height, width, fine, shadow, crowd, people, zoom):
     """A photo (H, W, 3), the names of the things, and for each pixel: which thing, which part, depth, normal.
 
-    `fine` × `fine` rays a pixel, a shadow map of `shadow` × `shadow`, and about `crowd` things: the more
-    there are, the farther away.
+    `fine` × `fine` rays a pixel, a shadow map of `shadow` × `shadow`, at most `crowd` things (the more, the
+    farther away) and on average `people` people.
     """
     rng = np.random.default_rng(seed)
     zoom *= rng.uniform(1, 1.35) * max(height, width)  # pixels that a metre takes at a distance of one
     h, w = height * fine, width * fine
-    names, solids = zip(*_furnish(rng, width / zoom, crowd))
+    names, solids = zip(*_furnish(rng, width / zoom, crowd, people))
     owner, solids = zip(*((k, solid) for k, group in enumerate(solids) for solid in group))
     parts, *arrays = zip(*solids)
     bulges, paints, axes, centres = (np.array(a, np.float32) for a in arrays)
@@ -1096,7 +1096,7 @@ def scene(seed, height, width):
     nearness to the centre × colour contrast to the rest; the best and all above 60% of it stand out.
     """
     image, names, owner, part, depth, normals = _render(seed, height, width, fine=2, shadow=192, crowd=2,
-                                                        zoom=1.15)
+                                                        people=1.3, zoom=1.15)
     voc, context = np.array([THINGS[name][:2] for name in names]).T
     instance = np.where(voc[owner] > 0, owner, 0)
     border = scipy.ndimage.maximum_filter(instance, 3) != scipy.ndimage.minimum_filter(instance, 3)
@@ -1122,7 +1122,7 @@ def scene_classes(job):
     As in ImageNet the things are large: through a telephoto lens, and a class counts from 1% of the pixels.
     """
     seed, size = job
-    image, names, owner, *_ = _render(seed, size, size, fine=1, shadow=96, crowd=2, zoom=1.5)
+    image, names, owner, *_ = _render(seed, size, size, fine=1, shadow=96, crowd=2, people=.6, zoom=1.5)
     voc = np.array([THINGS[name][0] for name in names])[owner]
     return image, np.bincount(voc.ravel(), minlength=21)[1:] > size * size / 100
 

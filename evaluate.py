@@ -23,6 +23,7 @@ import math
 import sys
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -532,7 +533,11 @@ def delta_m(metrics, baseline):
 class Run(NamedTuple):
     folder: Path
     settings: dict  # config.json: the flags of train.py as resolved, and "model", the fields of ase.Config
-    config: ase.Config
+    config: ase.Config  # of the tasks that are computed: all, or some of them
+
+    @property
+    def whole(self):
+        return len(self.config.tasks) == len(self.settings["model"]["tasks"])
 
 
 def open_run(folder):
@@ -568,12 +573,23 @@ def load_checkpoint(path):
         raise UserError(f"{error}: delete it and start train.py again") from None
 
 
+def with_tasks(config, tasks):
+    """`config` for some of its tasks, named as "semseg,edge". Raises UserError for others."""
+    tasks = tasks.split(",")
+    unknown = [task for task in tasks if task not in config.tasks or tasks.count(task) > 1]
+    if unknown:
+        raise UserError(f"--tasks {','.join(tasks)}: {unknown[0]!r} is no task of the run, or named twice; "
+                        f"expected some of {','.join(config.tasks)}")
+    return replace(config, tasks={task: n for task, n in config.tasks.items() if task in tasks})
+
+
 def load_model(run, device):
-    """The trained model of a run, ready to predict."""
+    """The trained model of a run, ready to predict `run.config.tasks`, which may be some of its tasks."""
     model = ase.ASE(run.config)
     state = load_checkpoint(run.folder / "checkpoint.pt")["model"]
     try:
-        model.load_state_dict(state)
+        if model.load_state_dict(state, strict=run.whole).missing_keys:
+            raise RuntimeError
     except (RuntimeError, AttributeError, TypeError):
         raise UserError(f"{run.folder}/checkpoint.pt does not fit its config.json: train again") from None
     return model.to(device).eval()
@@ -590,6 +606,7 @@ def file_of(run, dataset, args):
         told.append("data-" + short(dataset.root.resolve().name, str(dataset.root.resolve())))
     if args.ids:
         told.append("ids-" + short(Path(args.ids).stem, " ".join(dataset.ids)))
+    told += ["tasks-" + "-".join(run.config.tasks)] * (not run.whole)
     told += ["quick"] * args.quick + ["no-nms"] * args.no_nms
     told += [f"thresholds-{args.thresholds}"] * (args.thresholds != Protocol().thresholds)
     return "-".join(["metrics", *told]) + ".json"
@@ -623,7 +640,7 @@ def evaluate_run(run, args, device):
         dataset.ids = dataset.ids[::-(-len(dataset) // 50)]
     stats = [path.stat() for path in run.folder.glob("checkpoint.pt")]
     depends = [[(stat.st_size, stat.st_mtime_ns) for stat in stats], str(dataset.root.resolve()),
-               dataset.ids, protocol, run.settings]
+               dataset.ids, list(run.config.tasks), protocol, run.settings]
     code = b"".join(Path(path).read_bytes() for path in (ase.__file__, data.__file__, __file__))
     key = hashlib.sha256(json.dumps(depends).encode() + code).hexdigest()
     result = kept(run.folder, file, key)
@@ -765,6 +782,7 @@ def main(argv=None):
                         help="of odsF: 99 is MTLP's 0.01 … 0.99, "
                              "101 adds 0.001 and 0.999 (default %(default)s)")
     parser.add_argument("--ids", metavar="FILE", help="judge only the ids listed in FILE, one a line")
+    parser.add_argument("--tasks", metavar="A,B", help="compute and judge these tasks alone (default all)")
     parser.add_argument("--quick", action="store_true", help="judge at most 50 images, spread over the split")
     return data.command(parser, run, argv)
 
@@ -778,6 +796,8 @@ def run(args):
         print(f"left out, without a checkpoint yet: {', '.join(map(str, early))}")
         folders = [folder for folder in folders if folder not in early]
     runs = [open_run(folder) for folder in folders]
+    if args.tasks:
+        runs = [run._replace(config=with_tasks(run.config, args.tasks)) for run in runs]
     if not runs:
         raise UserError(f"no run folder among {', '.join(args.paths)}: "
                         "name the one train.py made, such as run/")
@@ -986,7 +1006,7 @@ def draw_run(run, result, model, dataset, device):
     config, records = run.config, read_log(run.folder)
     try:
         epochs = [(r["epoch"], r["gates"]) for r in records if r["kind"] == "epoch"]
-        draw_experts(run.folder / "experts.png", epochs, list(config.tasks), config.shared)
+        draw_experts(run.folder / "experts.png", epochs, run.settings["tasks"].split(","), config.shared)
         joint = config.experts and config.gating == "joint"
         draw_curves(run.folder / "curves.png", records, config.shared if joint else 0, config.topk)
     except (LookupError, TypeError, ValueError, AttributeError) as error:

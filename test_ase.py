@@ -62,7 +62,7 @@ def small(**changes):
 def experts_of(config, layer=ase.LoRAExperts):
     """The expert layer that a block of this configuration has, or an alternative to it."""
     names = ("dim", "experts", "topk", "shared", "rank", "gating", "noise")
-    return layer(tasks=len(config.tasks), **{name: getattr(config, name) for name in names})
+    return layer(tasks=config.tasks, **{name: getattr(config, name) for name in names})
 
 
 def random(*shape, seed=1):
@@ -171,7 +171,7 @@ def test_fused_experts_equal_the_loop_in_output_and_gradients(experts, topk, sha
     x = random(2, 3, 5, 18).requires_grad_()
     fused, loop = layer(x)[0], layer.reference(x)
     torch.testing.assert_close(fused, loop, rtol=1e-10, atol=1e-11)
-    of = [x, layer.router, layer.down, layer.up]
+    of = [x, *layer.router.values(), layer.down, layer.up]
     weight = random(*x.shape, seed=2)
     expected = torch.autograd.grad((loop * weight).sum(), of)
     for found, gradient in zip(torch.autograd.grad((fused * weight).sum(), of), expected):
@@ -185,9 +185,9 @@ def test_update_and_routing_are_what_numpy_finds(gating):
     layer = randomise(experts_of(small(gating=gating)))
     x = random(2, 3, 5, 18)
     update, probs, gates = (y.detach().numpy() for y in layer(x))
-    router, down, up = (p.detach().numpy() for p in (layer.router, layer.down, layer.up))
-    for t in range(2):
-        z = x[t].numpy() @ router[t]
+    down, up = (p.detach().numpy() for p in (layer.down, layer.up))
+    for t, router in enumerate((layer.router.semseg, layer.router.edge)):
+        z = x[t].numpy() @ router.detach().numpy()
         g = np.array([[gates_by_hand(token, 2, 3, gating) for token in image] for image in z.tolist()])
         expected = sum(g[..., i:i + 1] * (x[t].numpy() @ (up[i].T @ down[i]).T) for i in range(7))
         np.testing.assert_allclose(update[t], expected, rtol=1e-9, atol=1e-11)
@@ -201,33 +201,38 @@ def test_noise_has_its_learned_size_in_training_and_is_absent_in_evaluation(fact
     """20,000 copies of a token: the spread of a logit is softplus(W_noise x) + 0.01, its mean the logit."""
     torch.manual_seed(0)
     layer = randomise(experts_of(small(noise=factor))).train()
-    layer.router_noise.data *= 0.1
+    for p in layer.router_noise.values():
+        p.data *= 0.1
     token = random(2, 1, 1, 18)
     copies = token.expand(2, 4, 5000, 18)
     z = layer.logits(copies).detach()
-    clean, raw = (torch.einsum("tabd,tdn->tn", token, p.detach()) for p in (layer.router, layer.router_noise))
+    clean, raw = (torch.stack([x[0, 0] @ p.detach() for x, p in zip(token, matrices.values())])
+                  for matrices in (layer.router, layer.router_noise))                    # (T, N)
     sigma = factor * (torch.log(1 + torch.exp(raw)) + 0.01)
     torch.testing.assert_close(z.std(1), sigma, rtol=0.03, atol=0)
     assert ((z.mean(1) - clean).abs() < 5 * sigma / math.sqrt(20_000)).all()
-    layer.router_noise.data = -1e3 * torch.sign(token[:, 0, 0])[:, :, None].expand(2, 18, 7)
+    for x, p in zip(token[:, 0, 0], layer.router_noise.values()):
+        p.data = -1e3 * torch.sign(x)[:, None].expand(18, 7)
     torch.testing.assert_close(layer.logits(copies).std(1), 0 * sigma + factor * 0.01, rtol=0.03, atol=0)
     torch.testing.assert_close(layer.eval().logits(token)[:, 0], clean)
 
 
 def test_without_noise_there_is_no_matrix_for_it_and_no_random_number():
     layer = randomise(experts_of(small(noise=0.0))).train()
-    assert [name for name, _ in layer.named_parameters()] == ["router", "down", "up"]
+    assert [name for name, _ in layer.named_parameters()] == ["down", "up", "router.semseg", "router.edge"]
     x, state = random(2, 3, 5, 18), torch.get_rng_state()
-    torch.testing.assert_close(layer.logits(x), torch.einsum("tabd,tdn->tabn", x, layer.router).flatten(1, 2))
+    torch.testing.assert_close(layer.logits(x), torch.stack([y.flatten(0, 1) @ p for y, p in
+                                                             zip(x, layer.router.values())]))
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_fresh_layer_starts_as_the_paper_page_says():
     layer, linear = experts_of(small(dim=300)), ase.LoRALinear(300, 7, 4)
     # an optimiser's state goes by this order
-    assert [name for name, _ in layer.named_parameters()] == ["router", "router_noise", "down", "up"]
-    assert layer.up.eq(0).all() and layer.router_noise.eq(0).all() and linear.lora_up.eq(0).all()
-    assert 0.018 < layer.router.std() < 0.022
+    assert [name for name, _ in layer.named_parameters()] == [
+        "down", "up", "router.semseg", "router.edge", "router_noise.semseg", "router_noise.edge"]
+    assert all(p.eq(0).all() for p in (layer.up, *layer.router_noise.values(), linear.lora_up))
+    assert all(0.018 < p.std() < 0.022 for p in layer.router.values())
     for down in (layer.down, linear.lora_down):  # Kaiming-uniform with a = √5
         assert 0.95 < down.abs().max() * math.sqrt(300) <= 1.0001
 
@@ -388,7 +393,7 @@ def test_experts_in_some_blocks_only(without, checkpointing):
     information = ase.mutual_information(routing.probs)
     assert information.shape == (len(kept),)
     (sum(p.sum() for p in predictions.values()) - information.sum()).backward()
-    assert all(model.blocks[i].experts.router.grad.abs().sum() > 0 for i in kept)
+    assert all(model.blocks[i].experts.router.edge.grad.abs().sum() > 0 for i in kept)
 
 
 def test_a_loss_reaches_the_shared_experts_but_nothing_of_another_task():
@@ -396,7 +401,7 @@ def test_a_loss_reaches_the_shared_experts_but_nothing_of_another_task():
     model(random(3, 3, 8, 8))[0]["edge"].square().mean().backward()
     layers = [block.experts for block in model.blocks]
     for owned in [model.task_embedding, *(p for layer in layers for p in (layer.router, layer.router_noise))]:
-        assert owned.grad[0].eq(0).all() and owned.grad[1].abs().sum() > 0
+        assert owned.semseg.grad.eq(0).all() and owned.edge.grad.abs().sum() > 0
     for layer in layers:
         assert layer.up.grad[:2].abs().sum((1, 2)).gt(0).all()
         assert layer.down.grad[:2].abs().sum((1, 2)).gt(0).all()
@@ -507,12 +512,13 @@ def test_routers_stay_in_float32_under_autocast_and_in_a_model_of_bfloat16():
     with torch.autocast("cpu", torch.bfloat16):
         z = model.blocks[0].experts.logits(x)
         routing = model.features(torch.randn(3, 3, 8, 8))[1]
-    torch.testing.assert_close(z, x.flatten(1, 2) @ model.blocks[0].experts.router)
+    routers = torch.stack([*model.blocks[0].experts.router.values()])
+    torch.testing.assert_close(z, x.flatten(1, 2) @ routers)
     half = experts_of(small()).bfloat16()
     update, probs, gates = half(x.bfloat16())
     assert update.dtype == torch.bfloat16
     assert {y.dtype for y in (*routing, probs, gates)} == {torch.float32}
-    expected = x.bfloat16().float().flatten(1, 2) @ half.router.float()
+    expected = x.bfloat16().float().flatten(1, 2) @ torch.stack([*half.router.values()]).float()
     torch.testing.assert_close(half.eval().logits(x.bfloat16()), expected)
 
 
@@ -1927,11 +1933,58 @@ def test_weight_decay_acts_on_matrices_alone():
             for p in group["params"]:
                 name = names[id(p)]
                 found.add(name)
-                vector = id(p) in vectors or name.endswith("bias") or name == "task_embedding"
+                vector = id(p) in vectors or name.endswith("bias") or name.startswith("task_embedding")
                 assert group["weight_decay"] == (0 if vector else 0.01), name
                 slow = change and pretrained and not re.match("heads|task", name)
                 assert group["lr_scale"] == (0.1 if slow else 1), name
         assert found == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+class Stacked(ase.LoRAExperts):
+    """The routers of all tasks as one parameter, (T, D, N), and their noise as another."""
+
+    def __init__(self, **of):
+        super().__init__(**of)
+        for name in ("router", "router_noise"):
+            matrices = torch.stack([*getattr(self, name).values()])
+            delattr(self, name)
+            setattr(self, name, nn.Parameter(matrices.detach()))
+
+    def logits(self, x):
+        x = x.flatten(1, -2)
+        noise = torch.randn(*x.shape[:2], self.router.shape[-1], dtype=x.dtype)
+        return x @ self.router + noise * (F.softplus(x @ self.router_noise) + 0.01)
+
+
+def test_named_routers_learn_as_stacked_ones_do():
+    config, results = small(), []
+    images = random(3, 3, 8, 8)
+    for stacked in (False, True):
+        torch.manual_seed(0)
+        model = ase.ASE(config).double().train()
+        for block in model.blocks:
+            block.experts.up.data = random(*block.experts.up.shape)
+            if stacked:
+                named, block.experts = block.experts, experts_of(config, Stacked).double()
+                own = named.state_dict()
+                state = {name: torch.stack([own[f"{name}.{task}"] for task in config.tasks])
+                         for name in ("router", "router_noise")}
+                block.experts.load_state_dict(state | {name: own[name] for name in ("down", "up")})
+        optimizer = torch.optim.AdamW(train.parameter_groups(model, False), lr=0.1)
+        for step in range(3):
+            torch.manual_seed(step)
+            predictions, routing = model(images)
+            loss = sum(y.square().mean() for y in predictions.values()) - ase.mutual_information(routing.probs).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        state = {name: p for name, p in model.state_dict().items() if ".router" not in name}
+        for i, block in enumerate(model.blocks):
+            for name in ("router", "router_noise"):
+                p = getattr(block.experts, name)
+                state[f"{i}.{name}"] = p if stacked else torch.stack([*p.values()])
+        results.append(state)
+    torch.testing.assert_close(*results)
 
 
 def test_three_steps_are_those_written_out(mini, tmp_path):
@@ -1961,7 +2014,7 @@ def test_three_steps_are_those_written_out(mini, tmp_path):
                 first, second = moments[name]
                 first.mul_(0.9).add_(0.1 * g)
                 second.mul_(0.999).add_(0.001 * g * g)
-                vector = p.dim() < 2 or name == "task_embedding"
+                vector = p.dim() < 2
                 p -= rate * (0 if vector else 0.01) * p
                 mean, square = first / (1 - 0.9 ** (step + 1)), second / (1 - 0.999 ** (step + 1))
                 p -= rate * mean / (square.sqrt() + 1e-8)
@@ -2121,8 +2174,15 @@ def test_the_log_holds_steps_and_epochs_and_what_the_routers_do_in_use(mini, tra
     np.testing.assert_allclose(epochs[-1]["mutual_information"], information, atol=1e-5)
 
 
-def test_a_killed_training_resumes_to_the_same_bits(mini, trained, tmp_path):
+@pytest.mark.parametrize("extend", [False, True])
+def test_a_killed_training_resumes_to_the_same_bits(mini, trained, tmp_path, extend):
     """Killed when the second checkpoint is written, but not yet in the place of the first."""
+    more = ""
+    if extend:
+        train.main(flags(mini, tmp_path / "base", "--epochs 1 --tasks sal"))
+        more = f"--extend {tmp_path}/base --tasks edge"
+        trained = tmp_path / "whole"
+        train.main(flags(mini, trained, more))
     script = ("import os, signal, sys, train\n"
               "replace = os.replace\n"
               "def killed(old, new):\n"
@@ -2131,7 +2191,7 @@ def test_a_killed_training_resumes_to_the_same_bits(mini, trained, tmp_path):
               "    replace(old, new)\n"
               "os.replace = killed\n"
               "train.main()\n")
-    run, argv = tmp_path / "run", flags(mini, tmp_path / "run")
+    run, argv = tmp_path / "run", flags(mini, tmp_path / "run", more)
     number = str(torch.get_num_threads())
     threads = {f"{library}_NUM_THREADS": number for library in ("OMP", "MKL", "OPENBLAS")}
     code = subprocess.call([sys.executable, "-c", script, *argv], cwd=ROOT, stdout=subprocess.DEVNULL,
@@ -2142,6 +2202,80 @@ def test_a_killed_training_resumes_to_the_same_bits(mini, trained, tmp_path):
     found = weights_of(run)
     assert all((found[name] == expected).all() for name, expected in weights_of(trained).items())
     assert [r["step"] for r in logged(run, "step")] == [3, 6] and not list(run.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("more", ["", "--experts 0", "--gating fixed --noise 0"])
+def test_a_task_is_added_to_a_trained_model_and_changes_nothing_else(mini, tmp_path, table, more):
+    """The other tasks' parameters to the bit and predictions to rounding; its own loss has weight 1."""
+    base, run = tmp_path / "base", tmp_path / "run"
+    train.main(flags(mini, base, "--epochs 1 --tasks semseg,edge " + more))
+    written = tree(base)
+    train.main(["--extend", str(base), "--tasks", "normals", "--out", str(run), *"--epochs 2 --batch 13".split()])
+    old, new, config = weights_of(base), weights_of(run), evaluate.open_run(run).config
+    assert tree(base) == written and list(config.tasks) == ["semseg", "edge", "normals"]
+    assert all((new[name] == p).all() for name, p in old.items())
+    torch.manual_seed(0)
+    alone = ase.ASE(evaluate.with_tasks(config, "normals"))
+    fresh = {name: p for name, p in alone.named_parameters() if name not in old}
+    assert new.keys() - old.keys() == fresh.keys() and all("normals" in name for name in fresh)
+    assert all((new[name] != p).any() for name, p in fresh.items())
+
+    for dtype, error in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        images = random(2, 3, 32, 32).to(dtype)
+        before, after = (evaluate.load_model(evaluate.open_run(r), "cpu").to(dtype)(images)[0] for r in (base, run))
+        for task, y in before.items():
+            assert (after[task] - y).abs().max() <= error * y.abs().max()
+    assert all(list(record["losses"]) == ["normals"] for record in logged(run, "step"))
+    if "--noise 0" in more:  # the norm of step 1, from the loss alone
+        alone.load_state_dict(old, strict=False)
+        order, warps = train.shuffle(13, 0, 0)
+        canvas = data.PascalContext(mini, "train", 32, alone.config.tasks).canvas(order)
+        batch = data.warp(*canvas, 32, "imagenet", alone.config.tasks, warps[order])
+        loss = evaluate.losses(alone(batch.images)[0], batch.targets)["normals"]
+        gradients = torch.autograd.grad(loss, [p for name, p in alone.named_parameters() if name in fresh])
+        norm = math.sqrt(sum(g.square().sum().item() for g in gradients))
+        assert logged(run, "step")[0]["norm"] == pytest.approx(norm, rel=1e-4)
+
+    table(base, run)
+    first, whole = (result_of(r / "metrics.json")["metrics"] for r in (base, run))
+    assert list(whole) == list(config.tasks) and first == pytest.approx({t: whole[t] for t in first}, abs=0.01)
+    train.main(["--extend", str(run), "--tasks", "sal", "--out", str(tmp_path / "more"), "--epochs", "1"])
+    assert list(evaluate.open_run(tmp_path / "more").config.tasks) == ["semseg", "sal", "edge", "normals"]
+
+
+def test_some_tasks_are_judged_alone_with_their_numbers(finished, table, monkeypatch):
+    told = table(finished)
+    images, passes = [], []
+    forward = ase.ASE.features
+    monkeypatch.setattr(ase.ASE, "features", lambda model, x: (passes.append(len(model.heads)), forward(model, x))[1])
+    told = table(finished, "--tasks", "edge,semseg")
+    assert "metrics-tasks-semseg-edge.json, which is not the full default protocol" in told
+    some = result_of(finished / "metrics-tasks-semseg-edge.json")["metrics"]
+    whole = result_of(finished / "metrics.json")["metrics"]
+    assert set(passes) == {2} and some == pytest.approx({task: whole[task] for task in ("semseg", "edge")}, abs=0.01)
+    assert drawn(finished / "predictions-tasks-semseg-edge.png")
+
+
+@pytest.mark.parametrize("wrong, told", [
+    ("--tasks sal", "has sal already: name a task that it lacks, --tasks semseg,human_parts,edge,normals"),
+    ("--tasks depth", "depth"), ("--tasks edge --rank 3", "--rank 3: .* has 2"),
+    ("--tasks edge --experts 0", "--experts 0: .* has 4"), ("--tasks edge --backbone vit_small", "has vit_tiny"),
+    ("--tasks edge --mean-std half", "has imagenet"), ("--tasks edge --weights x.pt", "leave the flag out"),
+    ("--tasks edge --size 64", "has 32"), ("--tasks edge --data nowhere", "nowhere"),
+    ("--tasks edge --out {base}", "--extend"), ("--tasks edge --data {lacking}", "missing")])
+def test_what_cannot_extend_a_run_is_one_line(mini, broken, tmp_path, fails, wrong, told):
+    base, out = tmp_path / "base", tmp_path / "run"
+    train.main(flags(mini, base, "--epochs 1 --tasks sal"))
+    shutil.rmtree(broken / "pascal-context")
+    written = tree(base)
+    argv = ["--extend", base, "--out", out, *wrong.format(base=base, lacking=broken).split()]
+    assert re.search(told, fails(train.main, *argv))
+    assert tree(base) | {base / ".lock": 0} == written | {base / ".lock": 0}
+    assert not (out / "log.jsonl").exists()
+    if wrong == "--tasks sal":
+        assert "no config.json" in fails(train.main, "--extend", tmp_path / "nowhere", "--tasks", "edge")
+        settings_of(base, epochs=2)
+        assert "1 of its 2 epochs" in fails(train.main, "--extend", base, "--tasks", "edge", "--out", out)
 
 
 def test_a_finished_run_says_so_and_other_flags_are_named(trained, mini, fails, capsys):
@@ -2672,7 +2806,12 @@ def test_readmes_gate_opens_as_many_experts_as_hold_half_of_the_probability(mini
 
 
 def test_readmes_sixth_task_is_learned_and_judged(tmp_path):
-    metrics = changed(tmp_path, 1, "data.make_demo('deep', 5, 3, 48)\n" + judged("deep"))
+    metrics = changed(tmp_path, 1, "data.make_demo('deep', 5, 3, 48)\n"
+                      f"train.main({flags('deep', 'base', '--epochs 1 --tasks sal,edge')})\n"
+                      + judged("deep", "--extend base --tasks depth"))
+    assert set(metrics) == {"sal", "edge", "depth"}
+    shutil.rmtree(tmp_path / "run")
+    metrics = changed(tmp_path, 1, judged("deep"))
     assert set(metrics) == {*TASKS, "depth"} and 0 < metrics["depth"] < 20
     depth = data.scene(0, 36, 48)["depth"]
     written = np.asarray(Image.open(tmp_path / "deep/depth/2008_000001.png"))
@@ -2729,7 +2868,7 @@ def test_sparse_dispatch_computes_what_the_fused_experts_do(gating):
     for layer in (randomise(experts_of(config)), randomise(experts_of(config, Loop))):
         update = layer(x)[0]
         (update * random(*x.shape)).sum().backward()
-        results.append((update, layer.down.grad, layer.up.grad, layer.router.grad))
+        results.append((update, layer.down.grad, layer.up.grad, *(p.grad for p in layer.router.values())))
     torch.testing.assert_close(*results)
 
 

@@ -6,6 +6,7 @@
     python train.py --gating joint --shared 0 --topk 4                the control that the paper lacks
     python train.py --experts 0                                       the plain multi-task ViT
     python train.py --experts 0 --tasks semseg                        a single-task model
+    python train.py --extend run --tasks depth --out run2             a new task for a trained model
     python train.py --data PASCAL_MT --weights vit_base.safetensors   the paper's setting
     torchrun --nproc_per_node=8 train.py …                            the same on several GPUs
 
@@ -24,7 +25,7 @@ import os
 import shlex
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -44,6 +45,8 @@ import evaluate
 from data import TASKS, UserError
 
 # What the paper does not say is ours: optimiser, learning rate, warm-up, clipping.
+MODEL = ("experts", "topk", "shared", "rank", "gating", "noise", "lora")  # flags that are fields of ase.Config
+PAPER = {flag: getattr(ase.Config, flag) for flag in MODEL} | dict(mi=0.005, mean_std="imagenet", seed=0)
 DEMO = dict(backbone="vit_tiny", epochs=3, batch=2, lr=2e-3, val_images=50)
 PASCAL = dict(backbone="vit_base", epochs=40, batch=32, lr=5e-4, val_images=500)
 WEIGHT_DECAY = 0.01
@@ -66,14 +69,13 @@ def learning_rate(step, steps, peak):
 def parameter_groups(model, pretrained):
     """The optimiser's groups: {"params", "lr_scale", "weight_decay"} each.
 
-    Weight decay acts on matrices, as in nanoGPT: not on biases and norms, and never on task embeddings.
+    Weight decay acts on matrices, as in nanoGPT: not on biases, norms and task embeddings.
     """
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            part = ase.part(name)
-            lr_scale = PRETRAINED_LR if pretrained and part == "backbone" else 1.0
-            weight_decay = WEIGHT_DECAY if parameter.dim() >= 2 and part != "embeddings" else 0.0
+            lr_scale = PRETRAINED_LR if pretrained and ase.part(name) == "backbone" else 1.0
+            weight_decay = WEIGHT_DECAY if parameter.dim() >= 2 else 0.0
             groups.setdefault((lr_scale, weight_decay), []).append(parameter)
     return [{"params": parameters, "lr_scale": lr_scale, "weight_decay": weight_decay}
             for (lr_scale, weight_decay), parameters in groups.items()]
@@ -87,7 +89,7 @@ def shuffle(images, epoch, seed):
 
 def train(settings, args, rank, world, device):
     """From a data set to the last checkpoint, as process `rank` of `world`."""
-    out, config = Path(args.out), ase.Config(**settings["model"])
+    out, config = Path(args.out), evaluate.with_tasks(ase.Config(**settings["model"]), settings["tasks"])
     checkpoint = resume(out, settings, args)
     if checkpoint and checkpoint["epoch"] == settings["epochs"]:
         return print(f"{out} is finished, {settings['epochs']} epochs; {next_command(out)}")
@@ -97,7 +99,7 @@ def train(settings, args, rank, world, device):
     # -- the data
     if rank > 0:
         dist.barrier()  # process 0 renders and parses first
-    train_set, val_set = prepare(settings, args)
+    train_set, val_set = prepare(settings, args, config)
     if rank == 0 and world > 1:
         dist.barrier()
     batch_size = settings["batch"]  # the effective one, of all processes
@@ -109,12 +111,18 @@ def train(settings, args, rank, world, device):
     torch.manual_seed(settings["seed"])
     model = ase.ASE(config).to(device)
     model.checkpointing = args.checkpointing
-    pretrained = settings["weights"] != "none"
-    loaded = ase.load_backbone(model, args.pretrained or settings["weights"]) if pretrained else "random"
+    pretrained, before, loaded = settings["weights"] != "none", args.before, "random"
+    if before:  # a run's model as it is, frozen: what is new starts fresh, and is trained
+        new = model.load_state_dict(before, strict=False).missing_keys
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = name in new
+        loaded = f"{settings['extend']}, all of it frozen; new: what {settings['tasks']} alone uses"
+    elif pretrained:
+        loaded = ase.load_backbone(model, args.pretrained or settings["weights"])
     optimizer = torch.optim.AdamW(parameter_groups(model, pretrained), fused=True)
     first_epoch = 0
     if checkpoint:
-        model.load_state_dict(checkpoint["model"])
+        model.load_state_dict({name: checkpoint["model"][name] for name in model.state_dict()})
         optimizer.load_state_dict(checkpoint["optimizer"])
         first_epoch = checkpoint["epoch"]
     del checkpoint  # it is as large as the model
@@ -167,7 +175,8 @@ def train(settings, args, rank, world, device):
         val_losses, routing = validate(model, val_set, settings, args.workers, rank, world)
         log.epoch(epoch + 1, val_losses, routing)
         if rank == 0:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}
+            state = {"model": before | model.state_dict(), "optimizer": optimizer.state_dict(),
+                     "epoch": epoch + 1}
             data.write_atomically(out / "checkpoint.pt", lambda file: torch.save(state, file))
     if rank == 0:
         log.finish(device)
@@ -208,7 +217,7 @@ class Log:
 
     def __init__(self, settings, args, first_epoch, steps_per_epoch, rank):
         self.settings, self.args, self.rank, self.path = settings, args, rank, Path(args.out) / "log.jsonl"
-        self.tasks, self.steps_per_epoch = list(settings["model"]["tasks"]), steps_per_epoch
+        self.tasks, self.steps_per_epoch = settings["tasks"].split(","), steps_per_epoch
         self.first_step, self.steps = first_epoch * steps_per_epoch, settings["epochs"] * steps_per_epoch
         self.recent = []                     # losses (T,) of the steps since the last record
         self.begin = self.mark = time.time()
@@ -224,6 +233,8 @@ class Log:
         print(f"model      {gates}, LoRA {c.lora}; width {c.dim}, {c.depth} blocks, {c.image}×{c.image} in "
               f"patches of {c.patch}; {total:.2f} M parameters, {trained:.2f} M trained")
         print(f"weights    {loaded}")
+        if c.experts and len(c.tasks) == 1:
+            print("routers    without mutual information: that of one task alone is 0")
         print(f"data       {train_set.root}: {len(train_set)} images in {self.steps_per_epoch} steps an "
               f"epoch; validation losses on {len(val_set)}")
         print(f"device     {device}, {data.precision(device)}\n".replace("torch.", ""))
@@ -332,13 +343,13 @@ def next_command(out):
     return f"next: python evaluate.py {shlex.quote(str(out))}"
 
 
-def prepare(settings, args):
+def prepare(settings, args, config):
     """The training images and those of the validation losses, parsed into the cache. Makes the demo."""
-    root, config = Path(settings["data"]), settings["model"]
+    root = Path(settings["data"])
     if args.data == "demo" and not root.exists():
         print("data       rendering the demo world into demo/", flush=True)
         data.make_demo(root)
-    train_set, val_set = (data.PascalContext(root, split, config["image"], config["tasks"])
+    train_set, val_set = (data.PascalContext(root, split, config.image, config.tasks)
                           for split in ("train", "val"))
     val_set.ids = val_set.ids[::-(-len(val_set) // settings["val_images"])]
     for dataset in (train_set, val_set):
@@ -425,13 +436,15 @@ def resolve(args, world):
 
     Flags and files are checked here, before anything is made. Raises UserError or ValueError.
     """
+    base, args.before = evaluate.open_run(args.extend) if args.extend else None, {}
+    args.data = args.data or (base.settings["data"] if base else "demo")
     root = Path(args.data).resolve()
     to_make = args.data == "demo" and not root.exists()
     is_demo = to_make or (root / "demo.json").is_file()
     runtime = ("argv", "out", "cache", "workers", "micro_batch", "device", "compile", "checkpointing",
                "pretrain")
     given = {flag: value for flag, value in vars(args).items() if flag not in runtime and value is not None}
-    settings = (DEMO if is_demo else PASCAL) | given
+    settings = PAPER | (DEMO if is_demo else PASCAL) | {"extend": None} | given
     images = data.DEMO["train"]
     if not to_make:
         train_ids, val_ids = (data.read_ids(args.data, split) for split in ("train", "val"))
@@ -439,6 +452,21 @@ def resolve(args, world):
         if both:
             raise UserError(f"{both[0]} is in both train.txt and val.txt of {root} ({len(both)} such ids): "
                             "remove it from one")
+    there = base.config.tasks if base else {}
+    tasks = args.tasks.split(",") if args.tasks else [task for task in TASKS if task not in there]
+    for task in tasks:
+        if task not in TASKS or tasks.count(task) > 1:
+            raise UserError(f"--tasks {args.tasks}: {task!r} is unknown or named twice; expected some of "
+                            f"{','.join(TASKS)}")
+    settings |= extend(base, args, tasks, given) if base else start(args, tasks, settings, is_demo)
+    if settings["batch"] > images or settings["batch"] % world:
+        raise UserError(f"--batch {settings['batch']}: expected at most the {images} training images, and a "
+                        f"multiple of the {world} processes")
+    return settings | {"data": str(root), "tasks": ",".join(task for task in TASKS if task in tasks)}
+
+
+def start(args, tasks, settings, is_demo):
+    """What decides the model of a new run: flags as they are resolved, and "model"."""
     own = is_demo and settings["backbone"] == DEMO["backbone"]
     weights = args.weights or (str(OWN_BACKBONE) if own else None)
     if not weights:
@@ -446,29 +474,40 @@ def resolve(args, world):
                         "name pretrained ones, --weights FILE (README tells where from), or mean it: "
                         "--weights none")
     args.pretrained = None if weights == "none" else ase.read_backbone(weights)  # once: `train` copies them
+    backbone = settings["backbone"]
     if args.pretrained and not args.backbone:
-        settings["backbone"] = ase.backbone_for(args.pretrained)
-
-    tasks = args.tasks.split(",") if args.tasks else list(TASKS)
-    for task in tasks:
-        if task not in TASKS or tasks.count(task) > 1:
-            raise UserError(f"--tasks {args.tasks}: {task!r} is unknown or named twice; expected some of "
-                            f"{','.join(TASKS)}")
-    channels = {name: task.channels for name, task in TASKS.items() if name in tasks}
-    shape = ase.BACKBONES[settings["backbone"]] | ({"image": args.size} if args.size else {})
-    names = ("experts", "topk", "shared", "rank", "gating", "noise", "lora")
-    config = ase.Config(**shape, tasks=channels, **{name: getattr(args, name) for name in names})
-    if settings["batch"] > images or settings["batch"] % world:
-        raise UserError(f"--batch {settings['batch']}: expected at most the {images} training images, and a "
-                        f"multiple of the {world} processes")
+        backbone = ase.backbone_for(args.pretrained)
+    shape = ase.BACKBONES[backbone] | ({"image": args.size} if args.size else {})
+    channels = {task: TASKS[task].channels for task in TASKS if task in tasks}
+    config = ase.Config(**shape, tasks=channels, **{flag: settings[flag] for flag in MODEL})
     if args.pretrained:
         with torch.device("meta"):  # nothing but shapes: a check of the file
             model = ase.ASE(config)
         ase.load_backbone(model, args.pretrained)
-    return settings | {"data": str(root), "weights": str(weights if weights == "none" else
-                                                         Path(weights).resolve()),
-                       "size": config.image, "lora": config.lora, "tasks": ",".join(channels),
-                       "model": asdict(config)}
+    return {"backbone": backbone, "weights": weights if weights == "none" else str(Path(weights).resolve()),
+            "size": config.image, "lora": config.lora, "model": asdict(config)}
+
+
+def extend(base, args, tasks, given):
+    """The same for a finished run's model, to which tasks are added."""
+    kept = {flag: base.settings[flag] for flag in (*MODEL, "backbone", "weights", "size", "mean_std")}
+    for flag in kept.keys() & given.keys():
+        if given[flag] != kept[flag]:
+            raise UserError(f"--{flag.replace('_', '-')} {given[flag]}: {base.folder} has {kept[flag]}, and "
+                            "its model stays as it is: leave the flag out")
+    twice = [task for task in tasks if task in base.config.tasks]
+    if twice or not tasks:
+        rest = [task for task in TASKS if task not in base.config.tasks]
+        raise UserError(f"{base.folder} has {twice[0] if twice else 'every task'} already: name a task that "
+                        f"it lacks, --tasks {','.join(rest) or 'NAME'}")
+    epoch = evaluate.load_checkpoint(base.folder / "checkpoint.pt")["epoch"]
+    if epoch < base.settings["epochs"]:
+        raise UserError(f"{base.folder} has trained for {epoch} of its {base.settings['epochs']} epochs: "
+                        "finish it first, by the command that began it")
+    args.before = evaluate.load_model(base, "cpu").state_dict()  # once: `train` copies them
+    channels = {task: TASKS[task].channels for task in TASKS if task in tasks or task in base.config.tasks}
+    config = replace(base.config, tasks=channels)
+    return kept | {"extend": str(base.folder.resolve()), "model": asdict(config)}
 
 
 def number(kind, low, high=1_000_000):
@@ -491,22 +530,25 @@ def main(argv=None):
     parser.set_defaults(argv=sys.argv[1:] if argv is None else argv)
 
     group = parser.add_argument_group("the model")
-    group.add_argument("--experts", type=count, default=16, metavar="N",
-                       help="experts in a layer, shared ones included; 0: none (default %(default)s)")
-    group.add_argument("--topk", type=count, default=3, metavar="K",
-                       help="sparse experts active for a token, shared ones apart (default %(default)s)")
-    group.add_argument("--shared", type=count, default=1, metavar="S", help="shared experts (default 1)")
-    group.add_argument("--rank", type=count, default=4, metavar="R", help="rank of an expert (default 4)")
-    group.add_argument("--gating", default="joint", choices=ase.GATINGS,
+    group.add_argument("--experts", type=count, metavar="N",
+                       help=f"experts in a layer, shared ones included; 0: none (default {PAPER['experts']})")
+    group.add_argument("--topk", type=count, metavar="K",
+                       help=f"sparse experts active for a token, shared ones apart (default {PAPER['topk']})")
+    group.add_argument("--shared", type=count, metavar="S", help="shared experts (default 1)")
+    group.add_argument("--rank", type=count, metavar="R", help="rank of an expert (default 4)")
+    group.add_argument("--gating", choices=ase.GATINGS,
                        help="joint: one softmax over selected and shared experts, ASE; fixed: softmax before "
                             "top-k, shared gates are 1 (default joint)")
-    group.add_argument("--noise", type=number(float, 0), default=1.0, metavar="X",
-                       help="factor of the routers' learned noise in training; 0: none (default %(default)s)")
-    group.add_argument("--mi", type=number(float, 0), default=0.005, metavar="W",
-                       help="weight of the mutual information loss, Mod-Squad's (default %(default)s)")
+    group.add_argument("--noise", type=number(float, 0), metavar="X",
+                       help=f"factor of the routers' learned noise in training; 0: none (default {PAPER['noise']})")
+    group.add_argument("--mi", type=number(float, 0), metavar="W",
+                       help=f"weight of the mutual information loss, Mod-Squad's (default {PAPER['mi']})")
     group.add_argument("--lora", type=count, metavar="R",
                        help="rank of the backbone's LoRA; 0 trains it in full (default 4; without experts 0)")
     group.add_argument("--tasks", metavar="A,B", help=f"some of {','.join(TASKS)} (default all)")
+    group.add_argument("--extend", metavar="RUN",
+                       help="add --tasks to this finished run's model, which stays as it is: only their "
+                            "routers, embeddings and heads are trained (data and model default to the run's)")
     group.add_argument("--backbone", choices=ase.BACKBONES,
                        help=f"shape of the ViT {by_data('backbone')}; given --weights decide it")
     group.add_argument("--weights", metavar="FILE",
@@ -514,12 +556,12 @@ def main(argv=None):
                             "needed elsewhere)")
     group.add_argument("--pretrain", metavar="FILE",
                        help="make the demo's backbone anew, as FILE, and nothing else: an hour")
-    group.add_argument("--mean-std", default="imagenet", choices=data.MEAN_STD,
+    group.add_argument("--mean-std", choices=data.MEAN_STD,
                        help="the weights' normalisation: imagenet (DeiT, MAE, DINO) or half (timm's augreg, "
                             "Google's) (default imagenet)")
 
     group = parser.add_argument_group("the data")
-    group.add_argument("--data", default="demo", metavar="DIR",
+    group.add_argument("--data", metavar="DIR",
                        help="a folder in PASCAL-Context's layout; demo is made where missing (default demo)")
     group.add_argument("--cache", metavar="DIR", help="of parsed images (default cache/ in the data set)")
     group.add_argument("--size", type=some, metavar="PIXELS",
@@ -536,7 +578,7 @@ def main(argv=None):
                             "information are each micro-batch's own (default all)")
     group.add_argument("--lr", type=number(float, 1e-9), metavar="X",
                        help=f"highest learning rate {by_data('lr')}")
-    group.add_argument("--seed", type=number(int, 0, 1_000_000_000), default=0, metavar="N",
+    group.add_argument("--seed", type=number(int, 0, 1_000_000_000), metavar="N",
                        help="of everything random (default 0)")
     group.add_argument("--device", metavar="NAME", help="cpu, cuda, … (default cuda where there is one)")
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
