@@ -204,6 +204,7 @@ class Routing(NamedTuple):
 
     probs: torch.Tensor  # (blocks, T, N−S) softmax of sparse logits before top-k, for `mutual_information`
     gates: torch.Tensor  # (blocks, T, N)   gates after top-k, shared experts first: the paper's Fig. 4
+    power: torch.Tensor  # (blocks, T, 2)   mean square of the experts' update, and of the FFN's beside it
 
 
 def mutual_information(probs):
@@ -281,13 +282,15 @@ class Block(nn.Module):
                                        gating=config.gating, noise=config.noise)
 
     def forward(self, x):
-        """x (T, B, L, D) → x, probs (T, N−S), gates (T, N); without experts None for these two."""
+        """x (T, B, L, D) → x and this block's row of `Routing`; without experts None for that."""
         x = x + self.attn(self.norm1(x))
         h = self.norm2(x)
+        ffn = self.mlp(h)
         if self.experts is None:
-            return x + self.mlp(h), None, None
+            return x + ffn, None
         update, probs, gates = self.experts(h)
-        return x + self.mlp(h) + update, probs, gates                                    # Eq. 10
+        power = [y.detach().square().mean((1, 2, 3), dtype=gates.dtype) for y in (update, ffn)]
+        return x + ffn + update, Routing(probs, gates, torch.stack(power, -1))           # Eq. 10
 
 
 class Head(nn.Module):
@@ -348,14 +351,12 @@ class ASE(nn.Module):
         x = x[None]                                                                      # (1, B, L, D)
         if self.config.experts:
             x = x + torch.stack([*self.task_embedding.values()])[:, None, None]          # (T, B, L, D)
-        probs, gates = [], []
+        rows = []
         for block in self.blocks:
-            x, p, g = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
-            if block.experts is not None:
-                probs.append(p)
-                gates.append(g)
+            x, row = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
+            rows += [row] if row else []
         none = x.new_zeros(0, len(self.heads), 0)
-        routing = Routing(*(torch.stack(y) if y else none for y in (probs, gates)))      # (blocks, T, ·)
+        routing = Routing(*map(torch.stack, zip(*rows))) if rows else Routing(none, none, none)
         return self.norm(x), routing
 
     def forward(self, images):

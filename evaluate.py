@@ -962,6 +962,40 @@ def draw_curves(path, records, shared=0, topk=0):
     sheet(rows, legend=legend, cell=panels[0].shape[1] // 2, frame="white", path=path)
 
 
+def opposed(cosines):
+    """Of the pairs of tasks in a matrix (T, T): the share with a negative cosine, and the mean cosine."""
+    pairs = np.array(cosines)[np.triu_indices(len(cosines), 1)]
+    return float((pairs < 0).mean()), float(pairs.mean())
+
+
+def draw_conflicts(path, epochs, tasks):
+    """Draw the cosines of the tasks' gradients at the first, third and last epoch, red where negative, for
+    each part of the model. Epochs: (number, {part: (T, T)}). Without any, or of one task, nothing is drawn."""
+    cosines = dict(epochs)
+    shown = [number for i, number in enumerate(cosines) if i in (0, 2, len(cosines) - 1)]
+    if not shown or len(tasks) < 2:
+        return
+    parts, ends = list(cosines[shown[0]]), (0.5, len(tasks) + 0.5)
+    ticks = range(len(tasks), 0, -1)
+    axes = dict(size=(200, 200), xlim=ends, ylim=ends[::-1], xticks=ticks, yticks=ticks)
+
+    def tint(values):
+        strength = np.sqrt(np.abs(values))[..., None]  # as in `shade`, small ones show
+        ink = np.where(values[..., None] < 0, (200, 30, 30), BLUE)
+        return (255 - strength * (255 - ink)).astype(np.uint8)
+
+    def panel(matrix):
+        share, mean = opposed(matrix)
+        return plot(heat=tint(np.clip(matrix, -1, 1)), labels=(f"{share:.0%} negative, mean {mean:.2f}", "", ""),
+                    **axes)
+
+    rows = [[panel(cosines[number][part]) for number in shown] for part in parts]
+    legend = [(", ".join(f"{n} {task}" for n, task in enumerate(tasks, 1)), None), ("cosine", None)]
+    legend += [(f"{x:+g}", tuple(tint(np.array(x)).tolist())) for x in (-1, -0.1, 0.1, 1)]
+    titles = [f"epoch {number}" for number in shown]
+    sheet(rows, titles, legend, labels=parts, cell=rows[0][0].shape[1] // 2, frame="white", path=path)
+
+
 def draw_edges(path, counts, thresholds):
     """Draw precision against recall of the edges from counts (K, 3), the split's pixels matched, predicted
     and true at each of K thresholds, and the best F. Without true pixels nothing is drawn."""
@@ -983,7 +1017,7 @@ def draw_edges(path, counts, thresholds):
     sheet([[panel]], legend=legend, cell=max(panel.shape) // 2, frame="white", path=path)
 
 
-PICTURES = ("predictions", "experts", "curves", "edges")
+PICTURES = ("predictions", "experts", "curves", "edges", "conflicts")
 
 
 def draw_run(run, result, model, dataset, device):
@@ -1007,11 +1041,13 @@ def draw_run(run, result, model, dataset, device):
     try:
         epochs = [(r["epoch"], r["gates"]) for r in records if r["kind"] == "epoch"]
         draw_experts(run.folder / "experts.png", epochs, run.settings["tasks"].split(","), config.shared)
+        cosines = [(r["epoch"], r["conflict"]) for r in records if r.get("conflict")]
+        draw_conflicts(run.folder / "conflicts.png", cosines, run.settings["tasks"].split(","))
         joint = config.experts and config.gating == "joint"
         draw_curves(run.folder / "curves.png", records, config.shared if joint else 0, config.topk)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         print(f"{run.folder}/log.jsonl is not as train.py writes it ({type(error).__name__}: {error}): "
-              "experts.png or curves.png is left out")
+              "experts.png, conflicts.png or curves.png is left out")
 
 
 def draw_photo(run, path, model, device):

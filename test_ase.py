@@ -293,8 +293,11 @@ def test_a_block_adds_its_experts_to_the_ffn():
     block = randomise(ase.Block(small()))
     x = random(2, 3, 5, 18)
     y = x + block.attn(block.norm1(x))
-    expected = y + block.mlp(block.norm2(y)) + block.experts.reference(block.norm2(y))
-    torch.testing.assert_close(block(x)[0], expected, rtol=1e-9, atol=1e-9)
+    ffn, update = block.mlp(block.norm2(y)), block.experts.reference(block.norm2(y))
+    found, row = block(x)
+    torch.testing.assert_close(found, y + ffn + update, rtol=1e-9, atol=1e-9)
+    for t in range(2):
+        torch.testing.assert_close(row.power[t], torch.stack([(update[t] ** 2).mean(), (ffn[t] ** 2).mean()]))
 
 
 @pytest.mark.parametrize("patch", [2, 4, 16])
@@ -2166,12 +2169,50 @@ def test_the_log_holds_steps_and_epochs_and_what_the_routers_do_in_use(mini, tra
     model = evaluate.load_model(evaluate.open_run(trained), torch.device("cpu"))
     canvases = data.PascalContext(mini, "val", 32).canvases([[i] for i in range(7)], "cpu")
     routings = [model(data.warp(*canvas, 32, "imagenet").images)[1] for canvas in canvases]
-    probs, gates = (torch.stack(x).mean(0).detach().numpy() for x in zip(*routings))
+    probs, gates, power = (torch.stack(x).mean(0).detach().numpy() for x in zip(*routings))
     np.testing.assert_allclose(epochs[-1]["gates"], gates, atol=1e-5)
     np.testing.assert_allclose(gates.sum(-1), 1, atol=1e-5)  # joint gates
     np.testing.assert_allclose(epochs[-1]["shared_mass"], gates[..., 0], atol=1e-5)
     information = (probs * np.log(probs / probs.mean(1, keepdims=True))).sum((1, 2)) / 5
     np.testing.assert_allclose(epochs[-1]["mutual_information"], information, atol=1e-5)
+    np.testing.assert_allclose(epochs[-1]["scale"], np.sqrt(power), atol=1e-5)
+
+
+@pytest.mark.parametrize("more, parts", [("--shared 2 --topk 1", ["LoRA", "shared experts", "sparse experts"]),
+                                         ("--shared 0", ["LoRA", "sparse experts"]), ("--experts 0", ["backbone"])])
+def test_conflicts_are_the_angles_between_the_gradients_of_single_losses(mini, tmp_path, table, more, parts):
+    """And whether they are measured changes no weight, neither in one part nor in micro-batches."""
+    argv = "--epochs 1 --micro-batch 2 " + more
+    for out, conflict in (("plain", ""), ("run", "--conflict")):
+        train.main(flags(mini, tmp_path / out, f"{argv} {conflict}"))
+    table(tmp_path / "run")
+    plain, run = (weights_of(tmp_path / out) for out in ("plain", "run"))
+    assert all((run[name] == p).all() for name, p in plain.items()) and drawn(tmp_path / "run/conflicts.png")
+    model = evaluate.load_model(evaluate.open_run(tmp_path / "run"), torch.device("cpu"))
+    batch = data.warp(*data.PascalContext(mini, "train", 32).canvas(range(13)), 32, "imagenet")
+    gradients = {part: [] for part in parts}
+    for task in TASKS:
+        model.zero_grad()
+        evaluate.losses(model(batch.images)[0], batch.targets)[task].backward()
+        of = {part: [] for part in parts}
+        for name, p in model.named_parameters():
+            if re.search(r"experts\.(up|down)$", name):
+                s = model.config.shared
+                of["sparse experts"].append(p.grad[s:].flatten())
+                if s:
+                    of["shared experts"].append(p.grad[:s].flatten())
+            elif p.requires_grad and not re.search("heads|router|embedding", name):
+                of["LoRA" if "lora" in name else "backbone"].append(p.grad.flatten())
+        for part in parts:
+            gradients[part].append(torch.cat(of[part]).numpy())
+    (record,) = logged(tmp_path / "run", "epoch")
+    assert set(record["conflict"]) == set(parts)
+    for part, g in gradients.items():
+        expected = [[a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a in g] for b in g]
+        np.testing.assert_allclose(record["conflict"][part], expected, atol=1e-4)
+    pairs = [expected[i][j] for i in range(5) for j in range(i)]
+    share, mean = evaluate.opposed(expected)
+    assert share == sum(x < 0 for x in pairs) / 10 and mean == pytest.approx(sum(pairs) / 10)
 
 
 @pytest.mark.parametrize("extend", [False, True])
@@ -2245,8 +2286,7 @@ def test_a_task_is_added_to_a_trained_model_and_changes_nothing_else(mini, tmp_p
 
 def test_some_tasks_are_judged_alone_with_their_numbers(finished, table, monkeypatch):
     told = table(finished)
-    images, passes = [], []
-    forward = ase.ASE.features
+    passes, forward = [], ase.ASE.features
     monkeypatch.setattr(ase.ASE, "features", lambda model, x: (passes.append(len(model.heads)), forward(model, x))[1])
     told = table(finished, "--tasks", "edge,semseg")
     assert "metrics-tasks-semseg-edge.json, which is not the full default protocol" in told

@@ -54,6 +54,7 @@ WARMUP = 0.05        # fraction of all steps
 GRAD_CLIP = 10.0     # largest norm of the gradient
 PRETRAINED_LR = 0.1  # pretrained weights that are trained (--lora 0): their factor of the learning rate
 LOG_EVERY = 50       # steps
+CONFLICT = 16        # images whose gradients are compared
 OWN_BACKBONE = Path(__file__).parent / "assets/vit_tiny.pt"  # the demo's, made by --pretrain
 PRETRAIN = dict(images=24_000, held_out=400, epochs=8, batch=16, lr=1e-3, seed=0)
 
@@ -139,33 +140,35 @@ def train(settings, args, rank, world, device):
         network.train()
         order, warps = shuffle(len(train_set), epoch, settings["seed"])
         # (steps, images): of each step's batch this process takes every world-th image, in micro-batches
-        order = order[:steps_per_epoch * batch_size].view(steps_per_epoch, batch_size)[:, rank::world]
-        plan = [indices.tolist() for images in order for indices in images.split(micro_batch)]
+        batches = order[:steps_per_epoch * batch_size].view(steps_per_epoch, batch_size)[:, rank::world]
+        batches = [indices.split(micro_batch) for indices in batches]
+        plan = [indices.tolist() for batch in batches for indices in batch]
         canvases = train_set.canvases(plan, device, args.workers)
-        for step, images in enumerate(order, epoch * steps_per_epoch):
+        for step, batch in enumerate(batches, epoch * steps_per_epoch):
             lr = learning_rate(step, steps, settings["lr"])
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
-            torch.manual_seed(settings["seed"] * 1_000_003 + step * world + rank)        # the routers' noise
+            # router noise depends on seed, step and process alone: a resumed run repeats it
+            torch.manual_seed(settings["seed"] * 1_000_003 + step * world + rank)
 
             micro_batches = [data.warp(*next(canvases), config.image, settings["mean_std"], config.tasks,
-                                       warps[indices]) for indices in images.split(micro_batch)]
+                                       warps[indices]) for indices in batch]
             # losses divide by the pixels of the effective batch, wherever its images are
-            pixels = sum(evaluate.count_pixels(batch.targets) for batch in micro_batches)
+            pixels = sum(evaluate.count_pixels(micro.targets) for micro in micro_batches)
             if world > 1:
                 dist.all_reduce(pixels)
 
             step_losses = 0
-            for batch in micro_batches:
-                network.require_backward_grad_sync = batch is micro_batches[-1]  # read by DDP
+            for micro in micro_batches:
+                network.require_backward_grad_sync = micro is micro_batches[-1]  # read by DDP
                 with data.autocast(device):
-                    predictions, routing = network(batch.images)
-                losses = evaluate.losses(predictions, batch.targets, pixels)
-                # Mod-Squad's regulariser: more mutual information of tasks and experts, less loss
-                information = ase.mutual_information(routing.probs).sum()
+                    predictions, routing = network(micro.images)
+                losses = evaluate.losses(predictions, micro.targets, pixels)
                 loss = sum(loss_weights[task] * losses[task] for task in losses)
-                loss = loss - settings["mi"] * information * len(batch.images) / batch_size
-                (loss * world).backward()  # DDP takes the mean over processes
+                # Mod-Squad: less mi × I(task; expert), so that tasks specialise; by this micro-batch's share
+                information = ase.mutual_information(routing.probs).sum()
+                loss = loss - settings["mi"] * information * len(micro.images) / batch_size
+                (loss * world).backward()  # losses divide by global counts: × world undoes DDP's mean
                 step_losses = step_losses + torch.stack(list(losses.values())).detach()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
             optimizer.step()
@@ -173,7 +176,8 @@ def train(settings, args, rank, world, device):
             log.step(step, step_losses, lr, norm)
 
         val_losses, routing = validate(model, val_set, settings, args.workers, rank, world)
-        log.epoch(epoch + 1, val_losses, routing)
+        cosines = conflict(model, train_set, settings, micro_batch) if args.conflict and rank == 0 else None
+        log.epoch(epoch + 1, val_losses, routing, cosines)
         if rank == 0:
             state = {"model": before | model.state_dict(), "optimizer": optimizer.state_dict(),
                      "epoch": epoch + 1}
@@ -194,8 +198,8 @@ def validate(model, dataset, settings, workers, rank=0, world=1):
     plan = [indices.tolist() for indices in torch.arange(len(dataset)).split(settings["batch"])]
     blocks, tasks = sum(block.experts is not None for block in model.blocks), len(config.tasks)
     losses, pixels = torch.zeros(2, tasks, device=device)
-    probs = torch.zeros(blocks, tasks, max(0, config.experts - config.shared), device=device)
-    gates = torch.zeros(blocks, tasks, config.experts, device=device)
+    sizes = (config.experts - config.shared, config.experts, 2) if blocks else (0, 0, 0)
+    total = ase.Routing(*(torch.zeros(blocks, tasks, size, device=device) for size in sizes))
     for canvas in dataset.canvases(plan[rank::world], device, workers):
         batch = data.warp(*canvas, config.image, settings["mean_std"], config.tasks)
         with data.autocast(device):
@@ -203,13 +207,46 @@ def validate(model, dataset, settings, workers, rank=0, world=1):
         counts = evaluate.count_pixels(batch.targets)
         losses += torch.stack([*evaluate.losses(predictions, batch.targets, counts).values()]) * counts[:, 0]
         pixels += counts[:, 0]
-        probs += routing.probs * len(batch.images)
-        gates += routing.gates * len(batch.images)
+        for mean, x in zip(total, routing):
+            mean += x * (len(batch.images) / len(dataset))
     if world > 1:
-        for total in (losses, pixels, probs, gates):
-            dist.all_reduce(total)
-    losses = dict(zip(config.tasks, (losses / pixels.clamp(min=1)).tolist()))
-    return losses, ase.Routing(probs / len(dataset), gates / len(dataset))
+        for x in (losses, pixels, *total):
+            dist.all_reduce(x)
+    return dict(zip(config.tasks, (losses / pixels.clamp(min=1)).tolist())), total
+
+
+def conflict(model, dataset, settings, micro_batch):
+    """How far tasks pull what they share into different directions: {part: cosines (T, T) of the gradients of
+    their losses}, negative where a step for one harms another (Yu et al. 2020).
+
+    On the first images of the data set, unchanged, in eval mode. Weights of losses change no angle. Parts:
+    LoRA, shared and sparse experts; the backbone where it is trained.
+    """
+    model.eval()
+    config, device = model.config, next(model.parameters()).device
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    common = {name: p for name, p in trained.items() if ase.part(name) in ("backbone", "LoRA", "experts")}
+    sums = [[torch.zeros_like(p) for p in common.values()] for _ in config.tasks]
+    plan = [indices.tolist() for indices in torch.arange(min(CONFLICT, len(dataset))).split(micro_batch)]
+    batches = [data.warp(*canvas, config.image, settings["mean_std"], config.tasks)
+               for canvas in dataset.canvases(plan, device)]
+    pixels = sum(evaluate.count_pixels(batch.targets) for batch in batches)
+    for batch in batches:
+        with data.autocast(device):
+            predictions, _ = model(batch.images)
+        for total, loss in zip(sums, evaluate.losses(predictions, batch.targets, pixels).values()):
+            for s, g in zip(total, torch.autograd.grad(loss, [*common.values()], retain_graph=True)):
+                s += g
+    parts = {}
+    for name, *gradients in zip(common, *sums):                                          # T of them
+        part, cut = ase.part(name), config.shared
+        pieces = [(part, slice(None))]
+        if part == "experts":
+            pieces = [("shared experts", slice(cut)), ("sparse experts", slice(cut, None))]
+        for piece, rows in pieces:
+            parts.setdefault(piece, []).append(torch.stack([g[rows].flatten() for g in gradients]))
+    cosines = {part: F.normalize(torch.cat(rows, 1), dim=1) for part, rows in parts.items()}
+    return {part: (x @ x.T).tolist() for part, x in cosines.items() if x.numel()}
 
 
 class Log:
@@ -274,15 +311,21 @@ class Log:
         self.tell(record, f"{done / self.steps:5.0%}{done:8}", losses,
                   f"{lr:10.1e}{speed:10.1f}{data.duration(left):>9}")
 
-    def epoch(self, epoch, losses, routing):
-        """The validation losses {task: loss} after `epoch`, and what the routers did there."""
+    def epoch(self, epoch, losses, routing, cosines):
+        """The validation losses {task: loss} after `epoch`, what the routers did there, and `conflict`."""
         if not all(map(math.isfinite, losses.values())):
             self.diverged(f"the validation losses are not finite after epoch {epoch}")
         shared = routing.gates[..., :self.settings["model"]["shared"]]
         record = {"kind": "epoch", "step": epoch * self.steps_per_epoch, "epoch": epoch, "val": losses,
                   "gates": routing.gates.tolist(), "shared_mass": shared.sum(-1).tolist(),
-                  "mutual_information": ase.mutual_information(routing.probs).tolist()}
-        self.tell(record, f"epoch{epoch:8}", losses, "   validation")
+                  "mutual_information": ase.mutual_information(routing.probs).tolist(),
+                  "scale": routing.power.sqrt().tolist()}  # of the experts' update, and of the FFN's
+        end = "   validation"
+        if cosines:
+            record["conflict"] = cosines
+            shares = (f"{part} {evaluate.opposed(x)[0]:.0%}" for part, x in cosines.items())
+            end += "; pairs of tasks whose gradients oppose: " + ", ".join(shares)
+        self.tell(record, f"epoch{epoch:8}", losses, end)
         self.mark = time.time()
 
     def finish(self, device):
@@ -442,7 +485,7 @@ def resolve(args, world):
     to_make = args.data == "demo" and not root.exists()
     is_demo = to_make or (root / "demo.json").is_file()
     runtime = ("argv", "out", "cache", "workers", "micro_batch", "device", "compile", "checkpointing",
-               "pretrain")
+               "pretrain", "conflict")
     given = {flag: value for flag, value in vars(args).items() if flag not in runtime and value is not None}
     settings = PAPER | (DEMO if is_demo else PASCAL) | {"extend": None} | given
     images = data.DEMO["train"]
@@ -580,6 +623,9 @@ def main(argv=None):
                        help=f"highest learning rate {by_data('lr')}")
     group.add_argument("--seed", type=number(int, 0, 1_000_000_000), metavar="N",
                        help="of everything random (default 0)")
+    group.add_argument("--conflict", action="store_true",
+                       help="after each epoch, the angles between the tasks' gradients, for conflicts.png: as "
+                            f"long as {2 * CONFLICT} images of training")
     group.add_argument("--device", metavar="NAME", help="cpu, cuda, … (default cuda where there is one)")
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
     group.add_argument("--checkpointing", action="store_true",
