@@ -1,7 +1,8 @@
 """How predictions are judged: losses, metrics, Δm, the table, the pictures.
 
     python evaluate.py run/                            five metrics, Δm and pictures, all kept in run/
-    python evaluate.py runs/* --baseline runs/stl_*    one table; single-task runs make the baseline
+    python evaluate.py runs/* --baseline runs/stl_*    one table; runs that differ in the seed are one row
+    python evaluate.py study.jsonl                     the same from a study, kept by --record study.jsonl
     python evaluate.py run/ photo.jpg                  what the run sees in a photo: run/photo.png
 
 Protocol: that of Vandenhende et al. 2021 and M3ViT (Fan et al. 2022), whose numbers Table 1 of the ASE paper
@@ -20,6 +21,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import sys
 import time
 import zlib
@@ -653,7 +655,8 @@ def evaluate_run(run, args, device):
     seconds = round(time.time() - start, 1)
     print(f"{run.folder}: judged in {seconds:.0f} s")
     result = {"metrics": metrics_of(counts), "constant": metrics_of(of_constant), "baseline": None,
-              "delta_m": None, "images": len(dataset), "data": str(dataset.root.resolve()), "file": file,
+              "delta_m": None, "default_baseline": default_baseline(dataset.root),
+              "images": len(dataset), "data": str(dataset.root.resolve()), "file": file,
               "judged": time.strftime("%Y-%m-%d %H:%M"), "seconds": seconds, "key": key}
     # how many classes occur, in prediction or truth, and how many there are
     result["classes"] = {task: [int(total.any(1).sum()), len(total)] for task, total in counts.items()
@@ -698,60 +701,201 @@ def baseline_of(args, results, device):
             gathered[task] += [] if value is None else [value]
     if names:
         return " ".join(names), {task: float(np.mean(v)) for task, v in gathered.items() if v}
-    roots = {result["data"] for result in results}
-    if len(roots) > 1:
+    roots, (name, *more) = ({result[of] for result in results} for of in ("data", "default_baseline"))
+    if more:
         raise UserError(f"runs on several data sets ({', '.join(sorted(roots))}) have no baseline in "
                         "common: name one")
-    if (Path(roots.pop()) / "demo.json").is_file():
-        return "none: the demo's is to be measured again; name runs, --baseline", {}
-    if not all(result["metrics"].keys() <= BASELINES["resnet18"].keys() for result in results):
-        return "none for these tasks; name runs, --baseline", {}
-    return "resnet18", BASELINES["resnet18"]
+    if name not in BASELINES or any(result["metrics"].keys() - BASELINES[name].keys() for result in results):
+        return "none for this data set or these tasks; name runs, --baseline", {}
+    return name, BASELINES[name]
 
 
-def print_table(runs, results, name, baseline):
-    """One row a run: configuration, metrics, Δm, parameters; then what they are compared with, and notes."""
-    wide = max(12, *(len(str(run.folder)) for run in runs))
+def default_baseline(root):
+    """The baseline of a data set: of a demo only where it is the default one."""
+    with contextlib.suppress(OSError, ValueError):
+        made = json.loads((root / "demo.json").read_bytes())
+        return "demo" if made == data.DEMO | {"seed": 0} else "none"
+    return "resnet18"
+
+
+class Judged(NamedTuple):
+    """A run as it was judged, and what it did epoch by epoch: a row of a table, a line of a study."""
+
+    run: Run
+    result: dict
+    epochs: list  # of `routers_of`
+
+
+def routers_of(folder):
+    """What the routers of a run did, an entry for each epoch: means over its layers and tasks."""
+    epochs = []
+    for record in read_log(folder):
+        if record["kind"] == "epoch":
+            with contextlib.suppress(LookupError, TypeError, ValueError):
+                update, ffn = np.moveaxis(np.array(record["scale"] or [(0, 1)], float), -1, 0)
+                found = {"shared_mass": np.mean(record["shared_mass"] or 0),
+                         "information": np.mean(record["mutual_information"] or 0),
+                         "scale": np.mean(update / ffn)}  # the experts' update relative to the FFN's output
+                conflict = {part: opposed(x) for part, x in record.get("conflict", {}).items()}
+                epochs.append({name: round(float(x), 5) for name, x in found.items()}
+                              | {"epoch": record["epoch"], "conflict": conflict})
+    return epochs
+
+
+def same(row):
+    """What two rows that are the same run have in common: flags, without places, and protocol."""
+    places = {flag: row.run.settings[flag] and Path(row.run.settings[flag]).name
+              for flag in ("data", "weights", "extend")}
+    return row.run.settings | places, row.result["file"], Path(row.result["data"]).name
+
+
+def write_study(path, judged):
+    """Keep rows of a table as a study: a line of JSON each; of two with the same flags the later one."""
+    lines = {}
+    for row in judged:
+        run, result, epochs = row
+        settings, *_ = same(row)
+        told = ("metrics", "constant", "images", "data", "file", "classes", "default_baseline")
+        result = {name: result[name] for name in told} | {"data": Path(result["data"]).name}
+        line = {"run": run.folder.name, "settings": settings, "result": result, "epochs": epochs}
+        lines[json.dumps(same(row), sort_keys=True)] = json.dumps(line) + "\n"
+    data.write_atomically(path, lambda file: file.write("".join(lines.values()).encode()))
+
+
+def read_study(path):
+    """The rows that `write_study` has kept. Raises UserError for any other file."""
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [Judged(Run(Path(line["run"]), line["settings"], ase.Config(**line["settings"]["model"])),
+                       line["result"], line["epochs"]) for line in lines]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is no study ({type(error).__name__}: {error}): expected what evaluate.py "
+                        "--record has written") from None
+
+
+def groups_of(judged, each):
+    """{title: runs} for a table: those that differ in nothing but the seed are one row, unless `each` is on.
+    """
+    groups = {}
+    for n, row in enumerate(judged):
+        flags, *rest = same(row)
+        flags |= {"seed": 0, "extend": bool(flags["extend"])}  # the base may have another seed, too
+        key = json.dumps([flags, *rest], sort_keys=True)
+        groups.setdefault(n if each else key, []).append(row)
+    return {title(group): group for group in groups.values()}
+
+
+def title(group):
+    """What the names of the runs have in common, and how many they are."""
+    if len(group) == 1:
+        return str(group[0].run.folder)
+    names = [[row.run.folder.name for row in group], [str(row.run.folder) for row in group]]
+    common = (os.path.commonprefix(several).rstrip("-_. /") for several in names)
+    return f"{next(filter(None, common), names[0][0])} ×{len(group)}"
+
+
+def cell(values, form, error=False):
+    """Mean ± standard deviation, or ± standard error, of as many values as there are; "–" for a gap."""
+    if not values or None in values:
+        return "–"
+    if len(values) == 1:
+        return format(values[0], form)
+    deviation = np.std(values, ddof=1) / (math.sqrt(len(values)) if error else 1)
+    return f"{np.mean(values):{form}} ±{deviation:.2f}"
+
+
+def print_table(groups, name, baseline):
+    """One row a group of runs: configuration, metrics, Δm, parameters; then what they are compared with."""
+    wide = max(12, *map(len, groups))
+    last = 14 if any(len(group) > 1 for group in groups.values()) else 9
     arrow = {True: "↓", False: "↑"}
     print(f"\n{'':{wide}}{'':>14}" + "".join(f"{task:>13}" for task in TASKS))
     heads = "".join(f"{task.title + ' ' + arrow[task.lower_is_better]:>13}" for task in TASKS.values())
-    print(f"{'run':{wide}}{'(N/k/S/r)':>14}{heads}{'Δm %':>9}{'params M':>10}{'trained':>9}")
-
-    def cell(value, form):
-        return "–" if value is None else format(value, form)
+    print(f"{'run':{wide}}{'(N/k/S/r)':>14}{heads}{'Δm %':>{last}}{'params M':>10}{'trained':>9}")
 
     def row(label, configuration, metrics, rest=""):
         cells = "".join(f"{cell(metrics.get(task), '.2f'):>13}" for task in TASKS)
         print(f"{label:{wide}}{configuration:>14}{cells}{rest}")
 
-    notes = collections.defaultdict(list)  # what is to be told → the runs it is told of
-    for run, result in zip(runs, results):
-        c = run.config
+    notes = collections.defaultdict(dict)  # what is to be told → the rows it is told of
+    for label, group in groups.items():
+        c = group[0].run.config
         with torch.device("meta"):
             counts = ase.count(ase.ASE(c)).values()
         total, trained = (sum(n[i] for n in counts) / 1e6 for i in (0, 1))
         numbers = f"{c.experts}/{c.topk}/{c.shared}/{c.rank}" if c.experts else "no experts"
-        rest = f"{cell(result['delta_m'], '+.2f'):>9}{total:10.2f}{trained:9.2f}"
-        row(str(run.folder), numbers, result["metrics"], rest)
-        notes[f"{result['images']} images at native size, {result['data']}"].append(run)
-        if "edge" in result:
-            nms, levels = "with" if result["edge"]["nms"] else "without", len(result["edge"]["thresholds"])
-            notes[f"odsF {nms} NMS, {levels} thresholds"].append(run)
-        for task, (found, classes) in result["classes"].items():
-            if 0 < found < classes:
-                notes[f"{task}: the mean over the {found} of {classes} classes that occur"].append(run)
-        for task, value in result["metrics"].items():
-            if value is None:
-                notes[f"{task}: no truth in these images, and so no Δm"].append(run)
-        default = "" if result["file"] == "metrics.json" else ", which is not the full default protocol"
-        notes[f"kept in {result['file']}{default}"].append(run)
+        gains = cell([row.result["delta_m"] for row in group], "+.2f", error=True)
+        row(label, numbers, {task: [row.result["metrics"][task] for row in group] for task in c.tasks},
+            f"{gains:>{last}}{total:10.2f}{trained:9.2f}")
+        for result in (row.result for row in group):
+            notes[f"{result['images']} images at native size, {result['data']}"][label] = True
+            if "edge" in result:
+                nms = "with" if result["edge"]["nms"] else "without"
+                notes[f"odsF {nms} NMS, {len(result['edge']['thresholds'])} thresholds"][label] = True
+            for task, (found, classes) in result["classes"].items():
+                if 0 < found < classes:
+                    notes[f"{task}: the mean over the {found} of {classes} classes that occur"][label] = True
+            for task, value in result["metrics"].items():
+                if value is None:
+                    notes[f"{task}: no truth in these images, and so no Δm"][label] = True
+            default = "" if result["file"] == "metrics.json" else ", which is not the full default protocol"
+            notes[f"kept in {result['file']}{default}"][label] = True
     if baseline:
-        row(f"baseline {name}"[:wide + 14], "", baseline)
-    row("constant", "", {task: x for result in results for task, x in result["constant"].items()})
+        row(f"baseline {name}"[:wide + 14], "", {task: [x] for task, x in baseline.items()})
+    results = [row.result for group in groups.values() for row in group]
+    row("constant", "", {task: [x] for result in results for task, x in result["constant"].items()})
     print()
+    if last > 9:
+        print("metrics: mean ± standard deviation of the runs; Δm: ± standard error of the mean")
     for note, of in notes.items():
-        print(note + (f" ({', '.join(str(run.folder) for run in of)})" if len(of) < len(runs) else ""))
+        print(note + (f" ({', '.join(of)})" if len(of) < len(groups) else ""))
     print(f"baseline: {name}")
+    print_differences(groups, wide, last)
+
+
+def print_differences(groups, wide, last):
+    """Each group against the first one, run by run of one seed: mean difference ± standard error."""
+    (label, first), *others = groups.items()
+    first = {row.run.settings["seed"]: row.result for row in first}
+    for n, (other, group) in enumerate(others):
+        group = {row.run.settings["seed"]: row.result for row in group}
+        seeds = sorted(first.keys() & group.keys())
+        if len(seeds) < 2:
+            continue
+        if n == 0:
+            print(f"\nless {label}, pairs of one seed: mean ± standard error, * beyond two of them")
+        cells = []
+        for task in [*TASKS, None]:
+            gains = []
+            for pair in ((group[seed], first[seed]) for seed in seeds):
+                a, b = (result["metrics"].get(task) if task else result["delta_m"] for result in pair)
+                gains.append(None if a is None or b is None else a - b)
+            text = cell(gains, "+.2f", error=True)
+            if text != "–" and abs(np.mean(gains)) > 2 * np.std(gains, ddof=1) / math.sqrt(len(gains)):
+                text += "*"
+            cells.append(f"{text:>{13 if task else last}}")
+        print(f"{other:{wide}}{f'{len(seeds)} pairs':>14}" + "".join(cells))
+
+
+def print_routers(groups):
+    """What the routers did, in groups that have them: means over runs, layers and tasks."""
+    wide = max(12, *map(len, groups))
+    parts = list(dict.fromkeys(part for group in groups.values() for row in group for epoch in row.epochs
+                               for part in epoch["conflict"]))
+    heads = ["mass, epoch 1", "shared mass", "MI, nats", "update/FFN", *parts]
+    print("\nrouters at the end, means over layers and tasks; update/FFN: the experts' update relative to it"
+          + "\nLoRA, experts: pairs of tasks whose gradients oppose, mean cosine" * bool(parts))
+    print(f"{'':{wide}}" + "".join(f"{head:>16}" for head in heads))
+    for label, group in groups.items():
+        ends = [(row.epochs[0], row.epochs[-1]) for row in group if row.epochs]
+        cells = [cell([first["shared_mass"] for first, _ in ends], ".3f")]
+        for name in ("shared_mass", "information", "scale"):
+            cells.append(cell([end[name] for _, end in ends], ".3f"))
+        for part in parts:
+            pairs = [end["conflict"][part] for _, end in ends if part in end["conflict"]]
+            shares, means = zip(*pairs) if pairs else ((), ())
+            cells.append(f"{np.mean(shares):.0%}, {np.mean(means):+.2f}" if pairs else "–")
+        print(f"{label:{wide}}" + "".join(f"{text:>16}" for text in cells))
 
 
 def select_ids(ids, path):
@@ -783,14 +927,21 @@ def main(argv=None):
                              "101 adds 0.001 and 0.999 (default %(default)s)")
     parser.add_argument("--ids", metavar="FILE", help="judge only the ids listed in FILE, one a line")
     parser.add_argument("--tasks", metavar="A,B", help="compute and judge these tasks alone (default all)")
+    parser.add_argument("--each", action="store_true",
+                        help="a row for each run, also for those that differ in nothing but the seed")
+    parser.add_argument("--only", metavar="A,B", help="these rows alone; differences are to the first")
+    parser.add_argument("--record", metavar="FILE.jsonl",
+                        help="keep all rows as a study, which is named like a run the next time")
     parser.add_argument("--quick", action="store_true", help="judge at most 50 images, spread over the split")
     return data.command(parser, run, argv)
 
 
 def run(args):
     device = data.pick_device(args.device)
-    photos = [Path(p) for p in args.paths if Path(p).is_file()]
-    folders = [Path(p) for p in args.paths if Path(p) not in photos]
+    files = [Path(p) for p in args.paths if Path(p).is_file()]
+    studies = [path for path in files if path.suffix == ".jsonl"]
+    photos = [path for path in files if path not in studies]
+    folders = [Path(p) for p in args.paths if Path(p) not in files]
     early = [f for f in folders if f.is_dir() and not (f / "checkpoint.pt").is_file()]
     if early and len(early) < len(folders):
         print(f"left out, without a checkpoint yet: {', '.join(map(str, early))}")
@@ -798,7 +949,7 @@ def run(args):
     runs = [open_run(folder) for folder in folders]
     if args.tasks:
         runs = [run._replace(config=with_tasks(run.config, args.tasks)) for run in runs]
-    if not runs:
+    if not runs and (photos or not studies):
         raise UserError(f"no run folder among {', '.join(args.paths)}: "
                         "name the one train.py made, such as run/")
     if photos:
@@ -812,18 +963,34 @@ def run(args):
         for photo in photos:
             draw_photo(runs[0], photo, model, device)
         return
-    results = [evaluate_run(run, args, device) for run in runs]
-    name, baseline = baseline_of(args, results, device)
-    for trained, result in zip(runs, results):
+    judged = [Judged(run, evaluate_run(run, args, device), routers_of(run.folder)) for run in runs]
+    new = [same(row) for row in judged]
+    judged = [row for path in studies for row in read_study(path) if same(row) not in new] + judged
+    name, baseline = baseline_of(args, [row.result for row in judged], device)
+    for run, result, _ in judged:
         before = dict(result)
         result["baseline"], result["delta_m"] = (name if baseline else None), None
         if baseline and None not in result["metrics"].values():
             result["delta_m"] = delta_m(result["metrics"], baseline)
-        if result != before:
-            data.write_json(trained.folder / result["file"], result)
-    print_table(runs, results, name, baseline)
-    pictures = sorted(p.name for p in runs[0].folder.glob("*.png"))
-    print(f"pictures in {runs[0].folder}: {', '.join(pictures)}")
+        if result != before and run in runs:
+            data.write_json(run.folder / result["file"], result)
+    groups = groups_of(judged, args.each)
+    if args.only:
+        named = {label.rpartition(" ×")[0] or label: label for label in groups}
+        unknown = [label for label in args.only.split(",") if label not in named]
+        if unknown:
+            raise UserError(f"--only {args.only}: there is no row {unknown[0]!r}; expected some of "
+                            f"{', '.join(named)}")
+        groups = {named[label]: groups[named[label]] for label in args.only.split(",")}
+    print_table(groups, name, baseline)
+    if studies:
+        print_routers(groups)
+    if args.record:
+        write_study(Path(args.record), judged)
+        print(f"kept as {args.record}: {len(judged)} runs")
+    if runs:
+        pictures = sorted(p.name for p in runs[0].folder.glob("*.png"))
+        print(f"pictures in {runs[0].folder}: {', '.join(pictures)}")
 
 
 # --------------------------------------------------------------------------------------------------- pictures
@@ -970,14 +1137,14 @@ def opposed(cosines):
 
 def draw_conflicts(path, epochs, tasks):
     """Draw the cosines of the tasks' gradients at the first, third and last epoch, red where negative, for
-    each part of the model. Epochs: (number, {part: (T, T)}). Without any, or of one task, nothing is drawn."""
+    each part of the model. Epochs: (number, {part: (T, T)}). Of none, or one task, nothing is drawn."""
     cosines = dict(epochs)
     shown = [number for i, number in enumerate(cosines) if i in (0, 2, len(cosines) - 1)]
     if not shown or len(tasks) < 2:
         return
     parts, ends = list(cosines[shown[0]]), (0.5, len(tasks) + 0.5)
     ticks = range(len(tasks), 0, -1)
-    axes = dict(size=(200, 200), xlim=ends, ylim=ends[::-1], xticks=ticks, yticks=ticks)
+    axes = dict(size=(200, 200), xlim=ends, ylim=ends, xticks=ticks, yticks=ticks)
 
     def tint(values):
         strength = np.sqrt(np.abs(values))[..., None]  # as in `shade`, small ones show
@@ -986,11 +1153,12 @@ def draw_conflicts(path, epochs, tasks):
 
     def panel(matrix):
         share, mean = opposed(matrix)
-        return plot(heat=tint(np.clip(matrix, -1, 1)), labels=(f"{share:.0%} negative, mean {mean:.2f}", "", ""),
-                    **axes)
+        labels = f"{share:.0%} negative, mean {mean:.2f}", "", ""
+        return plot(heat=tint(np.clip(matrix[::-1], -1, 1)), labels=labels, **axes)
 
     rows = [[panel(cosines[number][part]) for number in shown] for part in parts]
-    legend = [(", ".join(f"{n} {task}" for n, task in enumerate(tasks, 1)), None), ("cosine", None)]
+    legend = [("tasks", None), *((f"{n} {task}", "white") for n, task in enumerate(tasks, 1))]
+    legend += [("cosine", None)]
     legend += [(f"{x:+g}", tuple(tint(np.array(x)).tolist())) for x in (-1, -0.1, 0.1, 1)]
     titles = [f"epoch {number}" for number in shown]
     sheet(rows, titles, legend, labels=parts, cell=rows[0][0].shape[1] // 2, frame="white", path=path)

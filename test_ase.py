@@ -18,7 +18,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, asdict
 from pathlib import Path
 
 import numpy as np
@@ -1977,7 +1977,8 @@ def test_named_routers_learn_as_stacked_ones_do():
         for step in range(3):
             torch.manual_seed(step)
             predictions, routing = model(images)
-            loss = sum(y.square().mean() for y in predictions.values()) - ase.mutual_information(routing.probs).sum()
+            loss = sum(y.square().mean() for y in predictions.values())
+            loss = loss - ase.mutual_information(routing.probs).sum()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -2178,8 +2179,9 @@ def test_the_log_holds_steps_and_epochs_and_what_the_routers_do_in_use(mini, tra
     np.testing.assert_allclose(epochs[-1]["scale"], np.sqrt(power), atol=1e-5)
 
 
-@pytest.mark.parametrize("more, parts", [("--shared 2 --topk 1", ["LoRA", "shared experts", "sparse experts"]),
-                                         ("--shared 0", ["LoRA", "sparse experts"]), ("--experts 0", ["backbone"])])
+@pytest.mark.parametrize("more, parts", [
+    ("--shared 2 --topk 1", ["LoRA", "shared experts", "sparse experts"]),
+    ("--shared 0", ["LoRA", "sparse experts"]), ("--experts 0", ["backbone"])])
 def test_conflicts_are_the_angles_between_the_gradients_of_single_losses(mini, tmp_path, table, more, parts):
     """And whether they are measured changes no weight, neither in one part nor in micro-batches."""
     argv = "--epochs 1 --micro-batch 2 " + more
@@ -2251,7 +2253,7 @@ def test_a_task_is_added_to_a_trained_model_and_changes_nothing_else(mini, tmp_p
     base, run = tmp_path / "base", tmp_path / "run"
     train.main(flags(mini, base, "--epochs 1 --tasks semseg,edge " + more))
     written = tree(base)
-    train.main(["--extend", str(base), "--tasks", "normals", "--out", str(run), *"--epochs 2 --batch 13".split()])
+    train.main(f"--extend {base} --tasks normals --out {run} --epochs 2 --batch 13".split())
     old, new, config = weights_of(base), weights_of(run), evaluate.open_run(run).config
     assert tree(base) == written and list(config.tasks) == ["semseg", "edge", "normals"]
     assert all((new[name] == p).all() for name, p in old.items())
@@ -2263,7 +2265,8 @@ def test_a_task_is_added_to_a_trained_model_and_changes_nothing_else(mini, tmp_p
 
     for dtype, error in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
         images = random(2, 3, 32, 32).to(dtype)
-        before, after = (evaluate.load_model(evaluate.open_run(r), "cpu").to(dtype)(images)[0] for r in (base, run))
+        before, after = (evaluate.load_model(evaluate.open_run(folder), "cpu").to(dtype)(images)[0]
+                         for folder in (base, run))
         for task, y in before.items():
             assert (after[task] - y).abs().max() <= error * y.abs().max()
     assert all(list(record["losses"]) == ["normals"] for record in logged(run, "step"))
@@ -2279,27 +2282,36 @@ def test_a_task_is_added_to_a_trained_model_and_changes_nothing_else(mini, tmp_p
 
     table(base, run)
     first, whole = (result_of(r / "metrics.json")["metrics"] for r in (base, run))
-    assert list(whole) == list(config.tasks) and first == pytest.approx({t: whole[t] for t in first}, abs=0.01)
-    train.main(["--extend", str(run), "--tasks", "sal", "--out", str(tmp_path / "more"), "--epochs", "1"])
+    assert list(whole) == list(config.tasks)
+    assert first == pytest.approx({task: whole[task] for task in first}, abs=0.01)
+    train.main(f"--extend {run} --tasks sal --out {tmp_path}/more --epochs 1".split())
     assert list(evaluate.open_run(tmp_path / "more").config.tasks) == ["semseg", "sal", "edge", "normals"]
 
 
 def test_some_tasks_are_judged_alone_with_their_numbers(finished, table, monkeypatch):
     told = table(finished)
     passes, forward = [], ase.ASE.features
-    monkeypatch.setattr(ase.ASE, "features", lambda model, x: (passes.append(len(model.heads)), forward(model, x))[1])
+
+    def features(model, images):
+        tokens, routing = forward(model, images)
+        passes.append(len(tokens))
+        return tokens, routing
+
+    monkeypatch.setattr(ase.ASE, "features", features)
     told = table(finished, "--tasks", "edge,semseg")
     assert "metrics-tasks-semseg-edge.json, which is not the full default protocol" in told
     some = result_of(finished / "metrics-tasks-semseg-edge.json")["metrics"]
     whole = result_of(finished / "metrics.json")["metrics"]
-    assert set(passes) == {2} and some == pytest.approx({task: whole[task] for task in ("semseg", "edge")}, abs=0.01)
+    assert set(passes) == {2}
+    assert some == pytest.approx({task: whole[task] for task in ("semseg", "edge")}, abs=0.01)
     assert drawn(finished / "predictions-tasks-semseg-edge.png")
 
 
 @pytest.mark.parametrize("wrong, told", [
     ("--tasks sal", "has sal already: name a task that it lacks, --tasks semseg,human_parts,edge,normals"),
     ("--tasks depth", "depth"), ("--tasks edge --rank 3", "--rank 3: .* has 2"),
-    ("--tasks edge --experts 0", "--experts 0: .* has 4"), ("--tasks edge --backbone vit_small", "has vit_tiny"),
+    ("--tasks edge --experts 0", "--experts 0: .* has 4"),
+    ("--tasks edge --backbone vit_small", "has vit_tiny"),
     ("--tasks edge --mean-std half", "has imagenet"), ("--tasks edge --weights x.pt", "leave the flag out"),
     ("--tasks edge --size 64", "has 32"), ("--tasks edge --data nowhere", "nowhere"),
     ("--tasks edge --out {base}", "--extend"), ("--tasks edge --data {lacking}", "missing")])
@@ -2388,7 +2400,7 @@ def test_a_line_of_the_log_that_is_no_record_is_left_out(finished):
 def test_evaluating_draws_remembers_and_tells(finished, table):
     told = table(finished)
     assert "4/2/1/2" in told and "constant" in told and "kept in metrics.json\n" in told
-    assert f"{finished}: judged in" in told and "baseline: none: the demo's is to be measured again" in told
+    assert f"{finished}: judged in" in told and "baseline: none for this data set" in told
     result = result_of(finished / "metrics.json")
     assert list(result)[0] == "metrics" and set(result["metrics"]) == set(TASKS) and result["images"] == 7
     assert result["delta_m"] is None
@@ -2403,6 +2415,72 @@ def test_evaluating_draws_remembers_and_tells(finished, table):
     written = tree(finished)
     table(finished, "--baseline", finished)
     assert tree(finished) == written  # the same again needs no writing
+
+
+def study_of(path, *rows):
+    """A study made by hand: (name, seed, flags that differ, metrics, epochs) a row."""
+    settings = {"data": "demo", "weights": "w.pt", "extend": None, "seed": 0}
+    judged = []
+    for name, seed, change, metrics, epochs in rows:
+        config = small(tasks={task: TASKS[task].channels for task in metrics}, **change)
+        run = evaluate.Run(Path("runs") / name, settings | {"seed": seed, "model": asdict(config)}, config)
+        result = {"metrics": metrics, "constant": {"sal": 5.0}, "images": 7, "data": "/there/demo",
+                  "classes": {}, "file": "metrics.json", "default_baseline": "none"}
+        judged.append(evaluate.Judged(run, result, epochs))
+    evaluate.write_study(path, judged)
+
+
+def test_groups_of_seeds_and_their_differences_are_those_worked_out(tmp_path, table, fails):
+    epochs = [{"epoch": n, "shared_mass": mass, "information": 0.25, "scale": 0.5,
+               "conflict": {"LoRA": (0.3, -0.1)}} for n, mass in ((1, 0.4), (2, 0.2), (3, 0.1))]
+    study = tmp_path / "study.jsonl"
+    study_of(study, *(("old-%d" % s, s, {}, {"sal": sal, "normals": 20.0}, epochs)
+                      for s, sal in enumerate((10, 12, 17))),
+             *(("new-%d" % s, s, {"rank": 3}, {"sal": sal, "normals": normals}, [])
+               for s, sal, normals in ((2, 21.0, 20.5), (0, 13.0, 19.5), (7, 99.0, 1.0))),
+             ("one", 0, {"rank": 5}, {"sal": 30.0, "normals": 20.0}, []))
+    told = table(study, "--baseline", "resnet18").splitlines()
+    row = {}
+    for line in told:
+        row.setdefault(line.split("  ")[0].strip(), [word for word in line.split()[2:] if word != "–"])
+    # sal: mean of 10, 12, 17 is 13, deviation √((9 + 1 + 16) / 2) = 3.61
+    assert row["old ×3"][:5] == ["7/3/2/4", "13.00", "±3.61", "20.00", "±0.00"]
+    # Δm of a run: 50 · ((sal − 63.2) / 63.2 − (normals − 15.4) / 15.4); that of the group is their mean
+    gains = [50 * ((sal - 63.2) / 63.2 - 4.6 / 15.4) for sal in (10, 12, 17)]
+    assert row["old ×3"][5:7] == [f"{sum(gains) / 3:+.2f}", f"±{np.std(gains, ddof=1) / math.sqrt(3):.2f}"]
+    # seeds 0 and 2 alone: 13 − 10 = 3 and 21 − 17 = 4, so 3.5 ± 0.5; normals −0.5 and 0.5
+    pairs = next(line for line in told if "2 pairs" in line)
+    assert pairs.startswith("new ×3") and "+3.50 ±0.50*" in pairs and "+0.00 ±0.50 " in pairs
+    assert sum("pairs" in line for line in told) == 2  # the heading, and no row for one seed
+    routers = next(line.split() for line in told if "0.400" in line)
+    assert routers == "old ×3 0.400 ±0.00 0.100 ±0.00 0.250 ±0.00 0.500 ±0.00 30%, -0.10".split()
+    each = table(study, "--each")
+    assert "new-7" in each and "pairs" not in each and "baseline: none" in each
+    only = table(study, "--only", "new,old")
+    assert "less new ×3" in only and "one" not in only.split("update")[0] and "'no'" in fails(
+        evaluate.main, study, "--only", "no")
+    (tmp_path / "x.jsonl").write_text('{"kind": "step"}\n')
+    assert "no study" in fails(evaluate.main, tmp_path / "x.jsonl")
+
+
+def test_a_study_keeps_what_runs_were_judged(mini, tmp_path, table):
+    """The same table from the file as from the folders; the same run again replaces its line."""
+    for seed in (3, 4):
+        train.main(flags(mini, tmp_path / f"runs/some-{seed}", f"--epochs 1 --seed {seed} --tasks sal"))
+    runs = [tmp_path / f"runs/some-{seed}" for seed in (3, 4)]
+    study = tmp_path / "study.jsonl"
+    first = table(*runs, "--record", study, "--baseline", *runs)
+    again = table(study, *runs, "--record", study, "--baseline", "survey")
+    assert "some ×2" in first and "some ×2" in again and study.read_text().count("\n") == 2
+    assert str(tmp_path) not in study.read_text()
+    columns = [next(line for line in text.splitlines() if " ×2" in line).split()[2:7]
+               for text in (first, table(study, "--baseline", *runs))]
+    assert columns[0] == columns[1]
+    (row, _) = evaluate.read_study(study)
+    (record,) = logged(runs[0], "epoch")
+    assert row.epochs[0]["shared_mass"] == pytest.approx(np.mean(record["shared_mass"]), abs=1e-5)
+    update, ffn = np.array(record["scale"]).transpose(2, 0, 1)
+    assert row.epochs[0]["scale"] == pytest.approx((update / ffn).mean(), abs=1e-5) and (update > 0).all()
 
 
 def test_images_with_truth_in_every_task_are_drawn_first(finished, mini, table, monkeypatch):

@@ -45,7 +45,7 @@ import evaluate
 from data import TASKS, UserError
 
 # What the paper does not say is ours: optimiser, learning rate, warm-up, clipping.
-MODEL = ("experts", "topk", "shared", "rank", "gating", "noise", "lora")  # flags that are fields of ase.Config
+MODEL = ("experts", "topk", "shared", "rank", "gating", "noise", "lora")  # flags that `ase.Config` has, too
 PAPER = {flag: getattr(ase.Config, flag) for flag in MODEL} | dict(mi=0.005, mean_std="imagenet", seed=0)
 DEMO = dict(backbone="vit_tiny", epochs=3, batch=2, lr=2e-3, val_images=50)
 PASCAL = dict(backbone="vit_base", epochs=40, batch=32, lr=5e-4, val_images=500)
@@ -583,7 +583,8 @@ def main(argv=None):
                        help="joint: one softmax over selected and shared experts, ASE; fixed: softmax before "
                             "top-k, shared gates are 1 (default joint)")
     group.add_argument("--noise", type=number(float, 0), metavar="X",
-                       help=f"factor of the routers' learned noise in training; 0: none (default {PAPER['noise']})")
+                       help="factor of the routers' learned noise in training; 0: none "
+                            f"(default {PAPER['noise']})")
     group.add_argument("--mi", type=number(float, 0), metavar="W",
                        help=f"weight of the mutual information loss, Mod-Squad's (default {PAPER['mi']})")
     group.add_argument("--lora", type=count, metavar="R",
@@ -624,8 +625,8 @@ def main(argv=None):
     group.add_argument("--seed", type=number(int, 0, 1_000_000_000), metavar="N",
                        help="of everything random (default 0)")
     group.add_argument("--conflict", action="store_true",
-                       help="after each epoch, the angles between the tasks' gradients, for conflicts.png: as "
-                            f"long as {2 * CONFLICT} images of training")
+                       help="after each epoch, the angles between the tasks' gradients, for conflicts.png: "
+                            f"takes as long as training on {2 * CONFLICT} images")
     group.add_argument("--device", metavar="NAME", help="cpu, cuda, … (default cuda where there is one)")
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
     group.add_argument("--checkpointing", action="store_true",
