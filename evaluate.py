@@ -983,8 +983,10 @@ def run(args):
                             f"{', '.join(named)}")
         groups = {named[label]: groups[named[label]] for label in args.only.split(",")}
     print_table(groups, name, baseline)
-    if studies:
+    for study in studies[:1]:
         print_routers(groups)
+        draw_study(study.with_suffix(".png"), groups)
+        print(f"drawn: {study.with_suffix('.png')}")
     if args.record:
         write_study(Path(args.record), judged)
         print(f"kept as {args.record}: {len(judged)} runs")
@@ -1029,20 +1031,27 @@ def round_ticks(low, high):
 def plot(size, xlim, ylim, labels, series=(), heat=None, xticks=None, yticks=None):
     """A panel (H, W, 3) uint8 around axes of `size` (width, height), at twice that size: `sheet` shrinks it,
     which smooths the lines. Labels: title, x, y. Series: (xs, ys, colour, line width, or 0 for dots, name at
-    its end), clipped to the axes. Heat: (rows, columns, 3) uint8, fills the axes, first row on top."""
-    left, top, right, bottom = 136, 56, 136 + 2 * size[0], 56 + 2 * size[1]
+    its end), clipped to the axes. Heat: (rows, columns, 3) uint8, fills the axes, first row on top. Ticks:
+    numbers, or {number: text}."""
+    def named(ticks, lim):
+        ticks = round_ticks(*lim) if ticks is None else ticks
+        return ticks if isinstance(ticks, dict) else {tick: f"{tick:g}" for tick in ticks}
+
+    font, xticks, yticks = ImageFont.load_default(26), named(xticks, xlim), named(yticks, ylim)
+    left, top = max([136, *(24 + int(font.getlength(text)) for text in yticks.values())]), 56
+    right, bottom = left + 2 * size[0], top + 2 * size[1]
     panel = Image.new("RGB", (right + 60, bottom + 76), "white")
-    draw, font = ImageDraw.Draw(panel), ImageFont.load_default(26)
+    draw = ImageDraw.Draw(panel)
     if heat is not None:
         panel.paste(Image.fromarray(heat).resize((right - left, bottom - top), Image.NEAREST), (left, top))
-    for tick in round_ticks(*ylim) if yticks is None else yticks:
+    for tick, text in yticks.items():
         y = np.interp(tick, ylim, (bottom, top))
         draw.line((left - 8, y, right if heat is None else left, y), "gainsboro", 2)
-        draw.text((left - 12, y), f"{tick:g}", "dimgray", font, "rm")
-    for tick in round_ticks(*xlim) if xticks is None else xticks:
+        draw.text((left - 12, y), text, "dimgray", font, "rm")
+    for tick, text in xticks.items():
         x = np.interp(tick, xlim, (left, right))
         draw.line((x, bottom, x, bottom + 8), "dimgray", 2)
-        draw.text((x, bottom + 12), f"{tick:g}", "dimgray", font, "mt")
+        draw.text((x, bottom + 12), text, "dimgray", font, "mt")
     draw.rectangle((left, top, right, bottom), outline="dimgray", width=2)
     for xs, ys, colour, width, name in series:
         points = zip(np.interp(xs, xlim, (left, right)), np.interp(ys, ylim, (bottom, top)))
@@ -1183,6 +1192,41 @@ def draw_edges(path, counts, thresholds):
     panel = plot((420, 420), (0, 1), (0, 1), (title, "recall", "precision"), series)
     legend = [(f"{len(f)} thresholds", BLUE), ("best F", ORANGE), ("equal F, as at the right", GREY)]
     sheet([[panel]], legend=legend, cell=max(panel.shape) // 2, frame="white", path=path)
+
+
+def draw_study(path, groups):
+    """Draw Δm of each group of runs, mean ± standard error, and their shared experts' gates over epochs."""
+    names = {label: label.rpartition(" ×")[0] or label for label in groups}
+    gains = {name: [row.result["delta_m"] for row in groups[label]] for label, name in names.items()}
+    gains = {name: values for name, values in gains.items() if None not in values}
+    panels, legend = [], []
+    if gains:
+        series, ticks = [], {}
+        for y, (name, values) in zip(range(len(gains), 0, -1), gains.items()):
+            ticks[y], mean = f"{name} ({len(values)})", np.mean(values)
+            series.append(((0, mean), (y, y), PALE, 9, ""))
+            if len(values) > 1:
+                error = np.std(values, ddof=1) / math.sqrt(len(values))
+                series.append(((mean - error, mean + error), (y, y), BLUE, 2, ""))
+        ends = [x for xs, *_ in series for x in xs]
+        panels.append(plot((330, 26 * len(gains)), (min(ends), max(ends)), (0.4, len(gains) + 0.6),
+                           ("gain over single-task models (runs): mean ± standard error", "%", ""), series, yticks=ticks))
+    lines = []
+    for label, name in names.items():
+        c, runs = groups[label][0].run.config, [row.epochs for row in groups[label] if row.epochs]
+        if c.experts and c.shared and c.gating == "joint" and runs:
+            colour = tuple(data.PALETTE[1 + len(lines)].tolist())
+            xs = [epoch["epoch"] for epoch in runs[0]]
+            lines.append((xs, np.mean([[e["shared_mass"] for e in run] for run in runs], 0), colour, 2, ""))
+            legend.append((name, colour))
+    if lines:
+        epochs, masses = ([x for line in lines for x in line[n]] for n in (0, 1))
+        panels.append(plot((330, 260), (min(epochs), max(epochs)), (0, 1.1 * max(masses)),
+                           ("gates of the shared experts", "epoch", "sum"), lines,
+                           xticks=sorted(set(epochs))))
+    if panels:
+        cell = max(panel.shape[1] for panel in panels) // 2
+        sheet([[panel] for panel in panels], legend=legend, cell=cell, frame="white", path=path)
 
 
 PICTURES = ("predictions", "experts", "curves", "edges", "conflicts")

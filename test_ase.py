@@ -2459,6 +2459,8 @@ def test_groups_of_seeds_and_their_differences_are_those_worked_out(tmp_path, ta
     only = table(study, "--only", "new,old")
     assert "less new ×3" in only and "\none " not in only and "'no'" in fails(
         evaluate.main, study, "--only", "no")
+    table(study, "--baseline", "resnet18")
+    assert drawn(tmp_path / "study.png")
     (tmp_path / "x.jsonl").write_text('{"kind": "step"}\n')
     assert "no study" in fails(evaluate.main, tmp_path / "x.jsonl")
 
