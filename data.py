@@ -221,7 +221,8 @@ def read_planes(root, id, maps, image=None):
 
 
 def boundaries(labels):
-    """Where a map of labels changes: its 4-neighbour Laplacian, mirrored at the border, is not zero.
+    """Edges as training has them, where a map of labels changes: its 4-neighbour Laplacian, mirrored at the
+    border, is not zero.
 
     (B, H, W) → bool. Lines are one or two pixels wide, and `thin` makes them one; where the differences to
     the neighbours cancel there is none.

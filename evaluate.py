@@ -317,7 +317,7 @@ def within_reach(predicted, gt, reach):
     return [truth[start:end] for start, end in zip([0] + ends, ends)]
 
 
-def search(start, links, owner, seen):
+def augmenting_path(start, links, owner, seen):
     """An alternating path from the predicted pixel `start` to an unmatched truth pixel, leaving out `seen`.
 
     Returns its end (-1: there is none) and {truth pixel: the predicted pixel it was reached from}. Depth
@@ -370,7 +370,7 @@ def match(links, truths, kept):
             todo, single = single, []
             seen = set()
             for pixel in todo:
-                truth, came = search(pixel, links, owner, seen)
+                truth, came = augmenting_path(pixel, links, owner, seen)
                 if truth < 0:
                     single.append(pixel)
                     seen.update(came)  # no path leads on from these, and no later path changes that
