@@ -373,6 +373,7 @@ PARTS = {  # part → the whole names of its parameters, as a pattern
     "LoRA": r"blocks\..*\.lora_(down|up)", "experts": r"blocks\.\d+\.experts\.(?!router).*",
     "routers": r"blocks\.\d+\.experts\.router.*", "embeddings": r"task_embedding\..*", "heads": r"heads\..*",
     "others": ".*"}
+OWN = ("routers", "embeddings", "heads")  # the parts of which each task has its own
 
 
 def part(name):

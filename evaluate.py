@@ -19,9 +19,11 @@ import collections
 import concurrent.futures
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
+import re
 import sys
 import time
 import zlib
@@ -732,43 +734,66 @@ def routers_of(folder):
     for record in read_log(folder):
         if record["kind"] == "epoch":
             with contextlib.suppress(LookupError, TypeError, ValueError):
-                update, ffn = np.moveaxis(np.array(record["scale"] or [(0, 1)], float), -1, 0)
-                found = {"shared_mass": np.mean(record["shared_mass"] or 0),
-                         "information": np.mean(record["mutual_information"] or 0),
-                         "scale": np.mean(update / ffn)}  # the experts' update relative to the FFN's output
+                found = dict.fromkeys(("shared_mass", "information", "scale"))
+                if record["gates"]:
+                    update, ffn = np.moveaxis(np.array(record["scale"], float), -1, 0)
+                    found = {"shared_mass": np.mean(record["shared_mass"]),
+                             "information": np.mean(record["mutual_information"]),
+                             "scale": np.mean(update / ffn)}  # the experts' update, relative to the FFN's
+                    found = {name: round(float(x), 5) for name, x in found.items()}
                 conflict = {part: opposed(x) for part, x in record.get("conflict", {}).items()}
-                epochs.append({name: round(float(x), 5) for name, x in found.items()}
-                              | {"epoch": record["epoch"], "conflict": conflict})
+                epochs.append(found | {"epoch": record["epoch"], "conflict": conflict})
     return epochs
 
 
+def placeless(settings):
+    """A run's flags without its model and without where things lie: what makes two runs the same."""
+    settings = {"extend": None, "base": None, "seed": None} | settings  # the first versions had no --extend
+    places = {flag: settings[flag] and Path(settings[flag]).name for flag in ("data", "weights", "extend")}
+    return settings | places | {"base": settings["base"] and placeless(settings["base"])}
+
+
+def seeds(settings):
+    """The seed of a run and, where it extends another one, of that."""
+    return settings.get("seed"), settings.get("base") and seeds(settings["base"])
+
+
+def seedless(settings):
+    """`placeless` settings as they are for all seeds."""
+    return settings | {"seed": None, "extend": None, "base": settings["base"] and seedless(settings["base"])}
+
+
 def same(row):
-    """What two rows that are the same run have in common: flags, without places, and protocol."""
-    places = {flag: row.run.settings[flag] and Path(row.run.settings[flag]).name
-              for flag in ("data", "weights", "extend")}
-    return row.run.settings | places, row.result["file"], Path(row.result["data"]).name
+    """What is equal for two rows of one run, as text."""
+    facts = placeless(row.run.settings), row.result["file"], Path(row.result["data"]).name
+    return json.dumps(facts, sort_keys=True)
 
 
 def write_study(path, judged):
-    """Keep rows of a table as a study: a line of JSON each; of two with the same flags the later one."""
+    """Keep rows of a table as a study, with those it holds already: a line of JSON each."""
     lines = {}
-    for row in judged:
-        run, result, epochs = row
-        settings, *_ = same(row)
+    for row in [*(read_study(path) if path.exists() else []), *judged]:
         told = ("metrics", "constant", "images", "data", "file", "classes", "default_baseline")
-        result = {name: result[name] for name in told} | {"data": Path(result["data"]).name}
-        line = {"run": run.folder.name, "settings": settings, "result": result, "epochs": epochs}
-        lines[json.dumps(same(row), sort_keys=True)] = json.dumps(line) + "\n"
+        result = {name: row.result[name] for name in told} | {"data": Path(row.result["data"]).name}
+        line = {"run": row.run.folder.name, "settings": placeless(row.run.settings), "result": result,
+                "epochs": row.epochs}
+        lines[same(row)] = json.dumps(line) + "\n"
     data.write_atomically(path, lambda file: file.write("".join(lines.values()).encode()))
+    print(f"kept in {path}: {len(lines)} runs")
 
 
 def read_study(path):
     """The rows that `write_study` has kept. Raises UserError for any other file."""
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return [Judged(Run(Path(line["run"]), line["settings"], ase.Config(**line["settings"]["model"])),
-                       line["result"], line["epochs"]) for line in lines]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        rows = []
+        for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            run = Run(Path(line["run"]), line["settings"], ase.Config(**line["settings"]["model"]))
+            rows.append(Judged(run, line["result"], line["epochs"]))
+            same(rows[-1]), [rows[-1].result[name] for name in ("metrics", "constant", "images", "classes")]
+        if not rows:
+            raise ValueError("it is empty")
+        return rows
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is no study ({type(error).__name__}: {error}): expected what evaluate.py "
                         "--record has written") from None
 
@@ -776,22 +801,25 @@ def read_study(path):
 def groups_of(judged, each):
     """{title: runs} for a table: those that differ in nothing but the seed are one row, unless `each` is on.
     """
-    groups = {}
+    groups, titled = {}, {}
     for n, row in enumerate(judged):
-        flags, *rest = same(row)
-        flags |= {"seed": 0, "extend": bool(flags["extend"])}  # the base may have another seed, too
-        key = json.dumps([flags, *rest], sort_keys=True)
-        groups.setdefault(n if each else key, []).append(row)
-    return {title(group): group for group in groups.values()}
+        facts = [seedless(placeless(row.run.settings)), row.result["file"], Path(row.result["data"]).name,
+                 row.epochs[-1]["epoch"] if row.epochs else None]
+        groups.setdefault(n if each else json.dumps(facts, sort_keys=True), []).append(row)
+    for group in groups.values():
+        labels = (f"{title(group)} ({n})" if n > 1 else title(group) for n in itertools.count(1))
+        titled[next(label for label in labels if label not in titled)] = group
+    return titled
 
 
 def title(group):
-    """What the names of the runs have in common, and how many they are."""
+    """What the names of the runs have in common, and how many they are: "ase ×2" for ase-0 and ase-1."""
     if len(group) == 1:
         return str(group[0].run.folder)
-    names = [[row.run.folder.name for row in group], [str(row.run.folder) for row in group]]
-    common = (os.path.commonprefix(several).rstrip("-_. /") for several in names)
-    return f"{next(filter(None, common), names[0][0])} ×{len(group)}"
+    names = [row.run.folder.name for row in group]
+    stems = {re.sub(r"[-_.]?\d+$", "", name) for name in names}
+    common = stems.pop() if len(stems) == 1 else os.path.commonprefix(names).rstrip("-_. ")
+    return f"{common or group[0].run.folder} ×{len(group)}"
 
 
 def cell(values, form, error=False):
@@ -856,25 +884,26 @@ def print_table(groups, name, baseline):
 def print_differences(groups, wide, last):
     """Each group against the first one, run by run of one seed: mean difference ± standard error."""
     (label, first), *others = groups.items()
-    first = {row.run.settings["seed"]: row.result for row in first}
-    for n, (other, group) in enumerate(others):
-        group = {row.run.settings["seed"]: row.result for row in group}
-        seeds = sorted(first.keys() & group.keys())
-        if len(seeds) < 2:
+    first = {seeds(row.run.settings): row.result for row in first}
+    heading = f"\nless {label}, pairs of one seed: mean ± standard error, * beyond two of them\n"
+    for other, group in others:
+        group = {seeds(row.run.settings): row.result for row in group}
+        pairs = [(group[key], first[key]) for key in group if key in first]
+        if len(pairs) < 2:
             continue
-        if n == 0:
-            print(f"\nless {label}, pairs of one seed: mean ± standard error, * beyond two of them")
         cells = []
         for task in [*TASKS, None]:
             gains = []
-            for pair in ((group[seed], first[seed]) for seed in seeds):
+            for pair in pairs:
                 a, b = (result["metrics"].get(task) if task else result["delta_m"] for result in pair)
-                gains.append(None if a is None or b is None else a - b)
+                comparable = task or pair[0]["metrics"].keys() == pair[1]["metrics"].keys()
+                gains.append(None if a is None or b is None or not comparable else a - b)
             text = cell(gains, "+.2f", error=True)
             if text != "–" and abs(np.mean(gains)) > 2 * np.std(gains, ddof=1) / math.sqrt(len(gains)):
                 text += "*"
             cells.append(f"{text:>{13 if task else last}}")
-        print(f"{other:{wide}}{f'{len(seeds)} pairs':>14}" + "".join(cells))
+        print(heading + f"{other:{wide}}{f'{len(pairs)} pairs':>14}" + "".join(cells))
+        heading = ""
 
 
 def print_routers(groups):
@@ -963,9 +992,20 @@ def run(args):
         for photo in photos:
             draw_photo(runs[0], photo, model, device)
         return
-    judged = [Judged(run, evaluate_run(run, args, device), routers_of(run.folder)) for run in runs]
-    new = [same(row) for row in judged]
-    judged = [row for path in studies for row in read_study(path) if same(row) not in new] + judged
+    known = [row for path in studies for row in read_study(path)]
+    if args.record:
+        record = Path(args.record)
+        if record.suffix != ".jsonl" or not record.parent.is_dir():
+            raise UserError(f"--record {record}: expected a name in a folder that is there, ending in .jsonl")
+        if record.exists():
+            read_study(record)  # nothing else is replaced
+    new = [Judged(run, evaluate_run(run, args, device), routers_of(run.folder)) for run in runs]
+    judged = {same(row): row for row in known}
+    for row in new:
+        if same(row) in judged and judged[same(row)] in new:
+            print(f"{row.run.folder} has the flags of {judged[same(row)].run.folder}: it is counted once")
+        judged[same(row)] = row
+    judged = list(judged.values())
     name, baseline = baseline_of(args, [row.result for row in judged], device)
     for run, result, _ in judged:
         before = dict(result)
@@ -988,8 +1028,7 @@ def run(args):
         draw_study(study.with_suffix(".png"), groups)
         print(f"drawn: {study.with_suffix('.png')}")
     if args.record:
-        write_study(Path(args.record), judged)
-        print(f"kept as {args.record}: {len(judged)} runs")
+        write_study(record, judged)
     if runs:
         pictures = sorted(p.name for p in runs[0].folder.glob("*.png"))
         print(f"pictures in {runs[0].folder}: {', '.join(pictures)}")
@@ -1139,8 +1178,11 @@ def draw_curves(path, records, shared=0, topk=0):
 
 
 def opposed(cosines):
-    """Of the pairs of tasks in a matrix (T, T): the share with a negative cosine, and the mean cosine."""
-    pairs = np.array(cosines)[np.triu_indices(len(cosines), 1)]
+    """Of the pairs of tasks in a matrix (T, T): the share with a negative cosine, and the mean cosine. Tasks
+    that had no gradient, whose cosines are 0, are left out."""
+    known = np.diag(cosines) > 0
+    cosines = np.array(cosines)[known][:, known]
+    pairs = cosines[np.triu_indices(len(cosines), 1)]
     return float((pairs < 0).mean()), float(pairs.mean())
 
 
@@ -1210,14 +1252,16 @@ def draw_study(path, groups):
                 series.append(((mean - error, mean + error), (y, y), BLUE, 2, ""))
         ends = [x for xs, *_ in series for x in xs]
         panels.append(plot((330, 26 * len(gains)), (min(ends), max(ends)), (0.4, len(gains) + 0.6),
-                           ("gain over single-task models (runs): mean ± standard error", "%", ""), series, yticks=ticks))
+                           ("gain over single-task models (runs): mean ± standard error", "%", ""),
+                           series, yticks=ticks))
     lines = []
     for label, name in names.items():
-        c, runs = groups[label][0].run.config, [row.epochs for row in groups[label] if row.epochs]
-        if c.experts and c.shared and c.gating == "joint" and runs:
+        c = groups[label][0].run.config
+        masses = [[epoch["shared_mass"] for epoch in row.epochs] for row in groups[label] if row.epochs]
+        if c.experts and c.shared and c.gating == "joint" and masses and None not in masses[0]:
             colour = tuple(data.PALETTE[1 + len(lines)].tolist())
-            xs = [epoch["epoch"] for epoch in runs[0]]
-            lines.append((xs, np.mean([[e["shared_mass"] for e in run] for run in runs], 0), colour, 2, ""))
+            xs = [epoch["epoch"] for epoch in groups[label][0].epochs]
+            lines.append((xs, np.mean(masses, 0), colour, 2, ""))
             legend.append((name, colour))
     if lines:
         epochs, masses = ([x for line in lines for x in line[n]] for n in (0, 1))

@@ -2235,12 +2235,16 @@ def test_a_killed_training_resumes_to_the_same_bits(mini, trained, tmp_path, ext
               "os.replace = killed\n"
               "train.main()\n")
     run, argv = tmp_path / "run", flags(mini, tmp_path / "run", more)
+    other = tmp_path / "other"
+    train.main(flags(mini, other, "--epochs 1 --tasks sal --lr 0.1"))
     number = str(torch.get_num_threads())
     threads = {f"{library}_NUM_THREADS": number for library in ("OMP", "MKL", "OPENBLAS")}
     code = subprocess.call([sys.executable, "-c", script, *argv], cwd=ROOT, stdout=subprocess.DEVNULL,
                            env=os.environ | threads)  # another number of threads rounds differently
     assert code == -signal.SIGKILL and evaluate.load_checkpoint(run / "checkpoint.pt")["epoch"] == 1
     assert list(run.glob("*.tmp")) and len(logged(run, "epoch")) == 2
+    if extend:  # what the base has become since then does not matter
+        shutil.copy(other / "checkpoint.pt", tmp_path / "base")
     train.main(argv)
     found = weights_of(run)
     assert all((found[name] == expected).all() for name, expected in weights_of(trained).items())
@@ -2309,12 +2313,13 @@ def test_some_tasks_are_judged_alone_with_their_numbers(finished, table, monkeyp
 
 @pytest.mark.parametrize("wrong, told", [
     ("--tasks sal", "has sal already: name a task that it lacks, --tasks semseg,human_parts,edge,normals"),
-    ("--tasks depth", "depth"), ("--tasks edge --rank 3", "--rank 3: .* has 2"),
+    ("--tasks depth", "unknown or named twice"), ("--tasks edge --rank 3", "--rank 3: .* has 2"),
     ("--tasks edge --experts 0", "--experts 0: .* has 4"),
     ("--tasks edge --backbone vit_small", "has vit_tiny"),
     ("--tasks edge --mean-std half", "has imagenet"), ("--tasks edge --weights x.pt", "leave the flag out"),
-    ("--tasks edge --size 64", "has 32"), ("--tasks edge --data nowhere", "nowhere"),
-    ("--tasks edge --out {base}", "--extend"), ("--tasks edge --data {lacking}", "missing")])
+    ("--tasks edge --size 64", "has 32"), ("--tasks edge --data nowhere", "no data folder"),
+    ("--tasks edge --out {base}", "name another one"), ("--tasks edge --conflict", "no --extend"),
+    ("--tasks edge --data {lacking}", "missing")])
 def test_what_cannot_extend_a_run_is_one_line(mini, broken, tmp_path, fails, wrong, told):
     base, out = tmp_path / "base", tmp_path / "run"
     train.main(flags(mini, base, "--epochs 1 --tasks sal"))
@@ -2322,8 +2327,7 @@ def test_what_cannot_extend_a_run_is_one_line(mini, broken, tmp_path, fails, wro
     written = tree(base)
     argv = ["--extend", base, "--out", out, *wrong.format(base=base, lacking=broken).split()]
     assert re.search(told, fails(train.main, *argv))
-    assert tree(base) | {base / ".lock": 0} == written | {base / ".lock": 0}
-    assert not (out / "log.jsonl").exists()
+    assert tree(base) == written and not {"log.jsonl", "checkpoint.pt"} & {p.name for p in out.glob("*")}
     if wrong == "--tasks sal":
         assert "no config.json" in fails(train.main, "--extend", tmp_path / "nowhere", "--tasks", "edge")
         settings_of(base, epochs=2)
@@ -2380,7 +2384,7 @@ def test_a_refusal_gives_the_command_that_works(mini, finished, tmp_path, fails,
 
 def test_a_run_of_an_earlier_version_is_judged_but_not_continued(finished, mini, table, fails):
     settings = settings_of(finished)
-    del settings["noise"], settings["model"]["noise"]
+    del settings["noise"], settings["model"]["noise"], settings["extend"]
     (finished / "config.json").write_text(json.dumps(settings))
     assert "4/2/1/2" in table(finished)
     assert "earlier version" in fails(train.main, *flags(mini, finished))
@@ -2417,13 +2421,14 @@ def test_evaluating_draws_remembers_and_tells(finished, table):
     assert tree(finished) == written  # the same again needs no writing
 
 
-def study_of(path, *rows):
-    """A study made by hand: (name, seed, flags that differ, metrics, epochs) a row."""
+def study_of(path, *rows, bases=None):
+    """A study made by hand: (name, seed, flags that differ, metrics, epochs) a row, and what each extends."""
     settings = {"data": "demo", "weights": "w.pt", "extend": None, "seed": 0}
     judged = []
-    for name, seed, change, metrics, epochs in rows:
+    for (name, seed, change, metrics, epochs), base in zip(rows, bases or [None] * len(rows)):
         config = small(tasks={task: TASKS[task].channels for task in metrics}, **change)
-        run = evaluate.Run(Path("runs") / name, settings | {"seed": seed, "model": asdict(config)}, config)
+        run = evaluate.Run(Path("runs") / name, settings | {"seed": seed, "base": base,
+                                                                  "model": asdict(config)}, config)
         result = {"metrics": metrics, "constant": {"sal": 5.0}, "images": 7, "data": "/there/demo",
                   "classes": {}, "file": "metrics.json", "default_baseline": "none"}
         judged.append(evaluate.Judged(run, result, epochs))
@@ -2461,8 +2466,33 @@ def test_groups_of_seeds_and_their_differences_are_those_worked_out(tmp_path, ta
         evaluate.main, study, "--only", "no")
     table(study, "--baseline", "resnet18")
     assert drawn(tmp_path / "study.png")
-    (tmp_path / "x.jsonl").write_text('{"kind": "step"}\n')
-    assert "no study" in fails(evaluate.main, tmp_path / "x.jsonl")
+    for text in ('{"kind": "step"}\n', "", "[]", '{"run": "a", "settings": {}}'):
+        (tmp_path / "x.jsonl").write_text(text)
+        assert "no study" in fails(evaluate.main, tmp_path / "x.jsonl")
+        assert "no study" in fails(evaluate.main, study, "--record", tmp_path / "x.jsonl")
+    for name in ("x.json", "nowhere/x.jsonl"):
+        assert "--record" in fails(evaluate.main, study, "--record", tmp_path / name)
+
+
+def test_rows_that_are_no_pairs_of_seeds_stay_apart(tmp_path, table):
+    """Runs of one name, of unlike bases, not finished; pairs are of the base's seed, too."""
+    study, seeds = tmp_path / "study.jsonl", range(2)
+    metrics, ended = {"sal": 50.0}, [{"epoch": 2, "conflict": {}, "shared_mass": None, "information": None,
+                                      "scale": None}]
+    rows = [("a", 0, {}, {"sal": 9.0}, ended), ("a", 0, {"rank": 3}, metrics, ended)]
+    rows += [(f"part-{s}", s, {"rank": 5}, metrics, ended[:1 - s]) for s in seeds]
+    rows += [(f"one-{s}", s, {"topk": 1}, metrics, ended) for s in (1, 10)]
+    study_of(study, *rows)
+    found = evaluate.groups_of(evaluate.read_study(study), False)
+    assert list(found) == ["a", "a (2)", "part-0", "part-1", "one ×2"]
+    table(study, "--only", "one", "--record", study)  # what is not shown stays, too
+    assert len(evaluate.read_study(study)) == 6 and "a (2)" in table(study)
+
+    bases = [{"seed": s, "mi": mi, "data": "demo", "weights": "w.pt"} for mi in (0.1, 0.2) for s in seeds]
+    rows = [(f"mi{base['mi']}-{n}", 0, {}, {"sal": 10.0 * n * n}, ended) for n, base in enumerate(bases)]
+    study_of(tmp_path / "extended.jsonl", *rows, bases=bases)
+    told = table(tmp_path / "extended.jsonl")
+    assert "mi0.1 ×2" in told and "+60.00 ±20.00*" in told  # 40 − 0 and 90 − 10, pairs of the bases' seeds
 
 
 def test_a_study_keeps_what_runs_were_judged(mini, tmp_path, table):

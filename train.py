@@ -6,7 +6,7 @@
     python train.py --gating joint --shared 0 --topk 4                the control that the paper lacks
     python train.py --experts 0                                       the plain multi-task ViT
     python train.py --experts 0 --tasks semseg                        a single-task model
-    python train.py --extend run --tasks depth --out run2             a new task for a trained model
+    python train.py --extend run4 --tasks normals --out run5          a task more for a trained model
     python train.py --data PASCAL_MT --weights vit_base.safetensors   the paper's setting
     torchrun --nproc_per_node=8 train.py …                            the same on several GPUs
 
@@ -113,10 +113,11 @@ def train(settings, args, rank, world, device):
     model = ase.ASE(config).to(device)
     model.checkpointing = args.checkpointing
     pretrained, before, loaded = settings["weights"] != "none", args.before, "random"
-    if before:  # a run's model as it is, frozen: what is new starts fresh, and is trained
-        new = model.load_state_dict(before, strict=False).missing_keys
+    if before:  # a run's model as it is, frozen: what is the new task's own starts fresh, and is trained
+        before = checkpoint["model"] if checkpoint else before
+        model.load_state_dict(before, strict=False)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad = name in new
+            parameter.requires_grad = ase.part(name) in ase.OWN
         loaded = f"{settings['extend']}, all of it frozen; new: what {settings['tasks']} alone uses"
     elif pretrained:
         loaded = ase.load_backbone(model, args.pretrained or settings["weights"])
@@ -246,7 +247,8 @@ def conflict(model, dataset, settings, micro_batch):
         for piece, rows in pieces:
             parts.setdefault(piece, []).append(torch.stack([g[rows].flatten() for g in gradients]))
     cosines = {part: F.normalize(torch.cat(rows, 1), dim=1) for part, rows in parts.items()}
-    return {part: (x @ x.T).tolist() for part, x in cosines.items() if x.numel()}
+    cosines = {part: x @ x.T for part, x in cosines.items()}  # 0 with itself: a task without truth here
+    return {part: x.tolist() for part, x in cosines.items() if (x.diagonal() > 0).sum() > 1}
 
 
 class Log:
@@ -501,6 +503,9 @@ def resolve(args, world):
         if task not in TASKS or tasks.count(task) > 1:
             raise UserError(f"--tasks {args.tasks}: {task!r} is unknown or named twice; expected some of "
                             f"{','.join(TASKS)}")
+    if args.conflict and (base or len(tasks) < 2):
+        raise UserError("--conflict compares gradients of what tasks share: expected two tasks or more, and "
+                        "no --extend")
     settings |= extend(base, args, tasks, given) if base else start(args, tasks, settings, is_demo)
     if settings["batch"] > images or settings["batch"] % world:
         raise UserError(f"--batch {settings['batch']}: expected at most the {images} training images, and a "
@@ -533,7 +538,10 @@ def start(args, tasks, settings, is_demo):
 
 def extend(base, args, tasks, given):
     """The same for a finished run's model, to which tasks are added."""
-    kept = {flag: base.settings[flag] for flag in (*MODEL, "backbone", "weights", "size", "mean_std")}
+    if base.folder.resolve() == Path(args.out).resolve():
+        raise UserError(f"--out {args.out} is the run to be extended, which stays as it is: name another one")
+    kept = {flag: getattr(base.config, flag) for flag in MODEL}
+    kept |= {flag: base.settings[flag] for flag in ("backbone", "weights", "size", "mean_std")}
     for flag in kept.keys() & given.keys():
         if given[flag] != kept[flag]:
             raise UserError(f"--{flag.replace('_', '-')} {given[flag]}: {base.folder} has {kept[flag]}, and "
@@ -550,7 +558,8 @@ def extend(base, args, tasks, given):
     args.before = evaluate.load_model(base, "cpu").state_dict()  # once: `train` copies them
     channels = {task: TASKS[task].channels for task in TASKS if task in tasks or task in base.config.tasks}
     config = replace(base.config, tasks=channels)
-    return kept | {"extend": str(base.folder.resolve()), "model": asdict(config)}
+    told = {flag: value for flag, value in base.settings.items() if flag != "model"}
+    return kept | {"extend": str(base.folder.resolve()), "base": told, "model": asdict(config)}
 
 
 def number(kind, low, high=1_000_000):
