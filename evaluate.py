@@ -516,6 +516,8 @@ BASELINES = {
     "resnet18": {"semseg": 60.1, "human_parts": 51.0, "sal": 63.2, "edge": 50.8, "normals": 15.4},
     # the survey of Vandenhende et al. 2021, its single-task baseline
     "survey": {"semseg": 66.2, "human_parts": 59.9, "sal": 66.3, "edge": 68.8, "normals": 13.9},
+    # single-task models (--experts 0 --tasks TASK) of four seeds on the default demo: assets/study.jsonl
+    "demo": {"semseg": 46.41, "human_parts": 36.47, "sal": 62.24, "edge": 45.24, "normals": 20.73},
 }
 
 
@@ -902,12 +904,17 @@ def print_differences(groups, wide, last):
             if text != "–" and abs(np.mean(gains)) > 2 * np.std(gains, ddof=1) / math.sqrt(len(gains)):
                 text += "*"
             cells.append(f"{text:>{13 if task else last}}")
-        print(heading + f"{other:{wide}}{f'{len(pairs)} pairs':>14}" + "".join(cells))
-        heading = ""
+        if set("".join(cells)) > {" ", "–"}:
+            print(heading + f"{other:{wide}}{f'{len(pairs)} pairs':>14}" + "".join(cells))
+            heading = ""
 
 
 def print_routers(groups):
     """What the routers did, in groups that have them: means over runs, layers and tasks."""
+    groups = {label: group for label, group in groups.items() if group[0].epochs and
+              (group[0].run.config.experts or group[0].epochs[-1]["conflict"])}
+    if not groups:
+        return
     wide = max(12, *map(len, groups))
     parts = list(dict.fromkeys(part for group in groups.values() for row in group for epoch in row.epochs
                                for part in epoch["conflict"]))

@@ -2474,6 +2474,19 @@ def test_groups_of_seeds_and_their_differences_are_those_worked_out(tmp_path, ta
         assert "--record" in fails(evaluate.main, study, "--record", tmp_path / name)
 
 
+def test_the_demos_baseline_is_the_mean_of_the_studys_single_task_models(tmp_path):
+    rows = [row for row in evaluate.read_study(ROOT / "assets/study.jsonl")
+            if row.run.config.experts == 0 and len(row.run.config.tasks) == 1]
+    for task, value in evaluate.BASELINES["demo"].items():
+        found = {row.run.settings["seed"]: row.result["metrics"][task] for row in rows
+                 if task in row.run.config.tasks}
+        assert len(found) >= 4 and value == pytest.approx(np.mean([*found.values()]), abs=0.006)
+    assert evaluate.default_baseline(tmp_path) == "resnet18"
+    for made, name in ((data.DEMO | {"seed": 0}, "demo"), (data.DEMO | {"seed": 1}, "none"), ({}, "none")):
+        data.write_json(tmp_path / "demo.json", made)
+        assert evaluate.default_baseline(tmp_path) == name
+
+
 def test_rows_that_are_no_pairs_of_seeds_stay_apart(tmp_path, table):
     """Runs of one name, of unlike bases, not finished; pairs are of the base's seed, too."""
     study, seeds = tmp_path / "study.jsonl", range(2)

@@ -481,7 +481,7 @@ def resolve(args, world):
 
     Flags and files are checked here, before anything is made. Raises UserError or ValueError.
     """
-    base, args.before = evaluate.open_run(args.extend) if args.extend else None, {}
+    base = evaluate.open_run(args.extend) if args.extend else None
     args.data = args.data or (base.settings["data"] if base else "demo")
     root = Path(args.data).resolve()
     to_make = args.data == "demo" and not root.exists()
@@ -489,6 +489,7 @@ def resolve(args, world):
     runtime = ("argv", "out", "cache", "workers", "micro_batch", "device", "compile", "checkpointing",
                "pretrain", "conflict")
     given = {flag: value for flag, value in vars(args).items() if flag not in runtime and value is not None}
+    args.before = {}
     settings = PAPER | (DEMO if is_demo else PASCAL) | {"extend": None} | given
     images = data.DEMO["train"]
     if not to_make:
