@@ -2215,6 +2215,7 @@ def test_conflicts_are_the_angles_between_the_gradients_of_single_losses(mini, t
     pairs = [expected[i][j] for i in range(5) for j in range(i)]
     share, mean = evaluate.opposed(expected)
     assert share == sum(x < 0 for x in pairs) / 10 and mean == pytest.approx(sum(pairs) / 10)
+    assert evaluate.opposed([[1, -0.5, 0], [-0.5, 1, 0], [0, 0, 0]]) == (1, -0.5)  # the third has no truth
 
 
 @pytest.mark.parametrize("extend", [False, True])
@@ -2498,8 +2499,9 @@ def test_rows_that_are_no_pairs_of_seeds_stay_apart(tmp_path, table):
     study_of(study, *rows)
     found = evaluate.groups_of(evaluate.read_study(study), False)
     assert list(found) == ["a", "a (2)", "part-0", "part-1", "one ×2"]
-    table(study, "--only", "one", "--record", study)  # what is not shown stays, too
-    assert len(evaluate.read_study(study)) == 6 and "a (2)" in table(study)
+    study_of(tmp_path / "new.jsonl", ("new", 0, {"topk": 2}, metrics, ended))
+    table(tmp_path / "new.jsonl", "--record", study)  # what it holds already stays
+    assert len(evaluate.read_study(study)) == 7 and "a (2)" in table(study)
 
     bases = [{"seed": s, "mi": mi, "data": "demo", "weights": "w.pt"} for mi in (0.1, 0.2) for s in seeds]
     rows = [(f"mi{base['mi']}-{n}", 0, {}, {"sal": 10.0 * n * n}, ended) for n, base in enumerate(bases)]
