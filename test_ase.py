@@ -2821,7 +2821,7 @@ def test_bad_input_of_evaluate(finished, tmp_path, fails, counting):
     (tmp_path / "ids.txt").write_text("2010_999999")
     assert "unknown baseline" in told("--baseline", "resnet99")
     error = told("--baseline", "resnet18", "survey")
-    assert "--baseline resnet18 survey: expected one of resnet18, survey, alone" in error
+    assert "--baseline resnet18 survey: expected one of resnet18, survey, demo, alone" in error
     assert "no device meta here" in fails(evaluate.main, finished, "--device", "meta")
     assert "no data folder" in told("--data", tmp_path / "none")
     assert "expected a photo" in told(tmp_path / "photo.jpg")
