@@ -326,7 +326,7 @@ class Log:
         if cosines:
             record["conflict"] = cosines
             shares = (f"{part} {evaluate.opposed(x)[0]:.0%}" for part, x in cosines.items())
-            end += "; pairs of tasks whose gradients oppose: " + ", ".join(shares)
+            end += "; opposed: " + ", ".join(shares)
         self.tell(record, f"epoch{epoch:8}", losses, end)
         self.mark = time.time()
 
