@@ -904,7 +904,7 @@ def print_differences(groups, wide, last):
             if text != "–" and abs(np.mean(gains)) > 2 * np.std(gains, ddof=1) / math.sqrt(len(gains)):
                 text += "*"
             cells.append(f"{text:>{13 if task else last}}")
-        if set("".join(cells)) > {" ", "–"}:
+        if set("".join(cells)) - {" ", "–"}:
             print(heading + f"{other:{wide}}{f'{len(pairs)} pairs':>14}" + "".join(cells))
             heading = ""
 

@@ -2507,6 +2507,10 @@ def test_rows_that_are_no_pairs_of_seeds_stay_apart(tmp_path, table):
     rows = [(f"mi{base['mi']}-{n}", 0, {}, {"sal": 10.0 * n * n}, ended) for n, base in enumerate(bases)]
     study_of(tmp_path / "extended.jsonl", *rows, bases=bases)
     told = table(tmp_path / "extended.jsonl")
+    five = dict.fromkeys(TASKS, 30.0)
+    study_of(tmp_path / "five.jsonl", *(("x-%d" % s, s, {"rank": 3}, five, []) for s in range(2)),
+             *(("y-%d" % s, s, {"rank": 5}, five | {"edge": 31.5}, []) for s in range(2)))
+    assert "2 pairs  +0.00 ±0.00" in table(tmp_path / "five.jsonl")  # no gap in the row
     assert "mi0.1 ×2" in told and "+60.00 ±20.00*" in told  # 40 − 0 and 90 − 10, pairs of the bases' seeds
 
 
