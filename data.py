@@ -365,7 +365,7 @@ def read_ids(root, split):
 class PascalContext:
     """One split of a data set in PASCAL-Context's layout, with the maps that `tasks` need.
 
-    `dataset[i]` is (image (3, H, W) uint8, {task: truth}) at native size, as the metrics want it;
+    `dataset[i]` is (image (3, H, W) uint8, {task: target}) at native size;
     `dataset.canvases` is what `warp` makes batches of. `cache`: the folder that `build_cache` filled.
     """
 

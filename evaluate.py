@@ -22,7 +22,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import re
 import sys
 import time
@@ -511,6 +510,7 @@ def evaluate(model, dataset, mean_std="imagenet", device="cpu", protocol=Protoco
 
 # ----------------------------------------------------------------------------------------- Δm and baselines
 
+PASCAL_VAL = 5105  # images of PASCAL-Context's validation split, on which the published baselines were judged
 BASELINES = {
     # Table 1 of the ASE paper: single-task ResNet-18 on PASCAL-Context
     "resnet18": {"semseg": 60.1, "human_parts": 51.0, "sal": 63.2, "edge": 50.8, "normals": 15.4},
@@ -632,8 +632,8 @@ def metrics_of(counts):
 
 
 def evaluate_run(run, args, device):
-    """The results of a run, from the file of this protocol if computed before, by the same code from the same
-    checkpoint; else they are written there once the pictures beside it are drawn."""
+    """The results of a run. If this code has judged this checkpoint by this protocol before, the kept ones;
+    else it is judged, drawn and kept."""
     root = Path(args.data or run.settings["data"])
     if not args.data and not root.exists():
         raise UserError(f"{run.folder} was trained on {root}, which is not there: name it, --data DIR")
@@ -668,6 +668,7 @@ def evaluate_run(run, args, device):
     if "edge" in counts:
         result["edge"] = {"thresholds": protocol.levels().tolist(), "counts": counts["edge"].tolist(),
                           "nms": protocol.nms}
+    data.write_json(run.folder / file, result | {"key": None})  # no picture that fails costs the figures
     draw_run(run, result, model, dataset, device)
     data.write_json(run.folder / file, result)
     return result
@@ -688,46 +689,52 @@ def read_log(folder):
 # ----------------------------------------------------------------------------------------- python evaluate.py
 
 
-def baseline_of(args, results, device):
-    """What to compare with, (name, {task: value}): --baseline's, else the data set's, else (why none, {})."""
+def named_baseline(args, device):
+    """What --baseline names, (name, {task: value}), judged where it is runs; None without it."""
     names = args.baseline or []
-    if any(name in BASELINES for name in names):
-        if len(names) > 1:
-            raise UserError(f"--baseline {' '.join(names)}: expected one of {', '.join(BASELINES)}, alone, "
-                            "or run folders")
+    if len(names) == 1 and names[0] in BASELINES:
         return names[0], BASELINES[names[0]]
-    gathered = collections.defaultdict(list)
-    for folder in names:
-        if not Path(folder).is_dir():
-            raise UserError(f"unknown baseline {folder}: expected one "
-                            f"of {', '.join(BASELINES)}, or run folders")
-        for task, value in evaluate_run(open_run(folder), args, device)["metrics"].items():
-            gathered[task] += [] if value is None else [value]
-    if names:
-        return " ".join(names), {task: float(np.mean(v)) for task, v in gathered.items() if v}
-    roots, (name, *more) = ({result[of] for result in results} for of in ("data", "default_baseline"))
-    if more:
-        raise UserError(f"runs on several data sets ({', '.join(sorted(roots))}) have no baseline in "
-                        "common: name one")
-    if name not in BASELINES or any(result["metrics"].keys() - BASELINES[name].keys() for result in results):
+    for name in names:
+        if not Path(name).is_dir():
+            raise UserError(f"--baseline {' '.join(names)}: {name} is no run folder; expected those, or one "
+                            f"of {', '.join(BASELINES)}, alone")
+    values = collections.defaultdict(list)
+    for run in [open_run(name) for name in names]:
+        for task, value in evaluate_run(run, args, device)["metrics"].items():
+            values[task] += [] if value is None else [value]
+    return (" ".join(names), {task: float(np.mean(v)) for task, v in values.items() if v}) if names else None
+
+
+def common_baseline(results):
+    """That of the data set, where these results have one in common; else (why none, {})."""
+    name, *more = {result["default_baseline"] for result in results}
+    tasks = {task for result in results for task in result["metrics"]}
+    if more or name not in BASELINES or tasks - BASELINES[name].keys():
         return "none for this data set or these tasks; name runs, --baseline", {}
     return name, BASELINES[name]
 
 
 def default_baseline(root):
-    """The baseline of a data set: of a demo only where it is the default one."""
-    with contextlib.suppress(OSError, ValueError):
-        made = json.loads((root / "demo.json").read_bytes())
-        return "demo" if made == data.DEMO | {"seed": 0} else "none"
-    return "resnet18"
+    """The name of a data set's baseline, "none" where published figures would be those of other images."""
+    made = root / "demo.json"
+    if made.exists():
+        with contextlib.suppress(OSError, ValueError):
+            return "demo" if json.loads(made.read_bytes()) == data.DEMO | {"seed": 0} else "none"
+        return "none"
+    return "resnet18" if len(data.read_ids(root, "val")) == PASCAL_VAL else "none"
 
 
-class Judged(NamedTuple):
-    """A run as it was judged, and what it did epoch by epoch: a row of a table, a line of a study."""
+class Row(NamedTuple):
+    """A judged run: a row of a table, a line of a study."""
 
-    run: Run
-    result: dict
-    epochs: list  # of `routers_of`
+    run: str        # its folder; in a study the folder's name
+    settings: dict  # as in `Run`
+    result: dict    # of `evaluate_run`
+    epochs: list    # of `routers_of`
+
+    @property
+    def config(self):
+        return with_tasks(ase.Config(**self.settings["model"]), ",".join(self.result["metrics"]))
 
 
 def routers_of(folder):
@@ -748,11 +755,13 @@ def routers_of(folder):
     return epochs
 
 
-def placeless(settings):
-    """A run's flags without its model and without where things lie: what makes two runs the same."""
-    settings = {"extend": None, "base": None, "seed": None} | settings  # the first versions had no --extend
-    places = {flag: settings[flag] and Path(settings[flag]).name for flag in ("data", "weights", "extend")}
-    return settings | places | {"base": settings["base"] and placeless(settings["base"])}
+def identity(settings, without=()):
+    """The flags of a run and of the one it extends, but for some of them. Of a path the end counts: data and
+    weights may lie elsewhere."""
+    flags = {"extend": None, "base": None, "seed": None} | settings | dict.fromkeys(without)
+    for flag, parts in ("data", 1), ("weights", 2), ("extend", 1):
+        flags[flag] = flags[flag] and "/".join(Path(flags[flag]).parts[-parts:])
+    return flags | {"base": flags["base"] and identity(flags["base"], without)}
 
 
 def seeds(settings):
@@ -760,38 +769,30 @@ def seeds(settings):
     return settings.get("seed"), settings.get("base") and seeds(settings["base"])
 
 
-def seedless(settings):
-    """`placeless` settings as they are for all seeds."""
-    return settings | {"seed": None, "extend": None, "base": settings["base"] and seedless(settings["base"])}
-
-
-def same(row):
-    """What is equal for two rows of one run, as text."""
-    facts = placeless(row.run.settings), row.result["file"], Path(row.result["data"]).name
+def key_of(row, without=()):
+    """A text that two rows share if they are one run, or differ in the flags `without` alone."""
+    facts = identity(row.settings, without), row.result["file"], Path(row.result["data"]).name
     return json.dumps(facts, sort_keys=True)
 
 
-def write_study(path, judged):
-    """Keep rows of a table as a study, with those it holds already: a line of JSON each."""
-    lines = {}
-    for row in [*(read_study(path) if path.exists() else []), *judged]:
-        told = ("metrics", "constant", "images", "data", "file", "classes", "default_baseline")
+def write_study(path, rows):
+    """Keep rows of a table as a study: a line of JSON each, without where things lie."""
+    told = ("metrics", "constant", "images", "data", "file", "classes", "default_baseline")
+    text = ""
+    for row in rows:
         result = {name: row.result[name] for name in told} | {"data": Path(row.result["data"]).name}
-        line = {"run": row.run.folder.name, "settings": placeless(row.run.settings), "result": result,
-                "epochs": row.epochs}
-        lines[same(row)] = json.dumps(line) + "\n"
-    data.write_atomically(path, lambda file: file.write("".join(lines.values()).encode()))
-    print(f"kept in {path}: {len(lines)} runs")
+        kept = Row(Path(row.run).name, identity(row.settings), result, row.epochs)
+        text += json.dumps(kept._asdict()) + "\n"
+    data.write_atomically(path, lambda file: file.write(text.encode()))
+    print(f"kept in {path}: {len(rows)} runs")
 
 
 def read_study(path):
     """The rows that `write_study` has kept. Raises UserError for any other file."""
     try:
-        rows = []
-        for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-            run = Run(Path(line["run"]), line["settings"], ase.Config(**line["settings"]["model"]))
-            rows.append(Judged(run, line["result"], line["epochs"]))
-            same(rows[-1]), [rows[-1].result[name] for name in ("metrics", "constant", "images", "classes")]
+        rows = [Row(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+        for row in rows:
+            key_of(row), row.config, [row.result[name] for name in ("constant", "images", "classes")]
         if not rows:
             raise ValueError("it is empty")
         return rows
@@ -800,14 +801,12 @@ def read_study(path):
                         "--record has written") from None
 
 
-def groups_of(judged, each):
-    """{title: runs} for a table: those that differ in nothing but the seed are one row, unless `each` is on.
-    """
+def groups_of(rows, each):
+    """{title: rows} for a table: runs that differ in nothing but the seed are one row, unless `each` is on."""
     groups, titled = {}, {}
-    for n, row in enumerate(judged):
-        facts = [seedless(placeless(row.run.settings)), row.result["file"], Path(row.result["data"]).name,
-                 row.epochs[-1]["epoch"] if row.epochs else None]
-        groups.setdefault(n if each else json.dumps(facts, sort_keys=True), []).append(row)
+    for n, row in enumerate(rows):
+        end = row.epochs[-1]["epoch"] if row.epochs else None
+        groups.setdefault(n if each else (key_of(row, ("seed", "extend")), end), []).append(row)
     for group in groups.values():
         labels = (f"{title(group)} ({n})" if n > 1 else title(group) for n in itertools.count(1))
         titled[next(label for label in labels if label not in titled)] = group
@@ -815,13 +814,10 @@ def groups_of(judged, each):
 
 
 def title(group):
-    """What the names of the runs have in common, and how many they are: "ase ×2" for ase-0 and ase-1."""
+    """The name of the runs without its number, and how many they are: "ase ×2" of ase-0 and ase-1."""
     if len(group) == 1:
-        return str(group[0].run.folder)
-    names = [row.run.folder.name for row in group]
-    stems = {re.sub(r"[-_.]?\d+$", "", name) for name in names}
-    common = stems.pop() if len(stems) == 1 else os.path.commonprefix(names).rstrip("-_. ")
-    return f"{common or group[0].run.folder} ×{len(group)}"
+        return group[0].run
+    return f"{re.sub(r'[-_.]?[0-9]+$', '', Path(group[0].run).name) or group[0].run} ×{len(group)}"
 
 
 def cell(values, form, error=False):
@@ -834,94 +830,104 @@ def cell(values, form, error=False):
     return f"{np.mean(values):{form}} ±{deviation:.2f}"
 
 
+def print_rows(rows):
+    """Print lists of texts as a table: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for first, *rest in rows:
+        cells = [first.ljust(widths[0]), *(text.rjust(width) for text, width in zip(rest, widths[1:]))]
+        print("  ".join(cells).rstrip())
+
+
+def parameters(row):
+    """(all, trained) parameters of a run's model, in millions; of one that extends another, what it added."""
+    with torch.device("meta"):
+        counts = ase.count(ase.ASE(row.config))
+        total, trained = (sum(n) for n in zip(*counts.values()))
+        if row.settings.get("extend"):
+            new = with_tasks(ase.Config(**row.settings["model"]), row.settings["tasks"])
+            trained = sum(n for part, (_, n) in ase.count(ase.ASE(new)).items() if part in ase.OWN)
+    return total / 1e6, trained / 1e6
+
+
+def difference(group, first):
+    """A group of runs less another one, run by run of one seed: the number of pairs, then for each task and
+    for Δm their mean difference ± its standard error, * beyond two of them. Fewer than two pairs: None."""
+    first = {seeds(row.settings): row.result for row in first}
+    pairs = [(row.result, first[seeds(row.settings)]) for row in group if seeds(row.settings) in first]
+    if len(pairs) < 2:
+        return None
+    cells = [f"{len(pairs)} pairs"]
+    for task in [*TASKS, "Δm"]:
+        gains = []
+        for pair in pairs:
+            a, b = (result["metrics"].get(task) if task in TASKS else result["delta_m"] for result in pair)
+            same_tasks = pair[0]["metrics"].keys() == pair[1]["metrics"].keys()
+            gains.append(None if None in (a, b) or task == "Δm" and not same_tasks else a - b)
+        text = cell(gains, "+.2f", error=True)
+        if text != "–" and abs(np.mean(gains)) > 2 * np.std(gains, ddof=1) / math.sqrt(len(gains)):
+            text += "*"
+        cells.append(text)
+    return cells
+
+
 def print_table(groups, name, baseline):
-    """One row a group of runs: configuration, metrics, Δm, parameters; then what they are compared with."""
-    wide = max(12, *map(len, groups))
-    last = 14 if any(len(group) > 1 for group in groups.values()) else 9
-    arrow = {True: "↓", False: "↑"}
-    print(f"\n{'':{wide}}{'':>14}" + "".join(f"{task:>13}" for task in TASKS))
-    heads = "".join(f"{task.title + ' ' + arrow[task.lower_is_better]:>13}" for task in TASKS.values())
-    print(f"{'run':{wide}}{'(N/k/S/r)':>14}{heads}{'Δm %':>{last}}{'params M':>10}{'trained':>9}")
+    """A row for each group of runs, below it its difference to the first; then what is to be told of them."""
+    first, several = next(iter(groups)), any(len(group) > 1 for group in groups.values())
+    heads = [f"{task.title} {'↓' if task.lower_is_better else '↑'}" for task in TASKS.values()]
+    table = [["", "", *TASKS, "", "", ""], ["run", "(N/k/S/r)", *heads, "Δm %", "params M", "trained"]]
+    notes = collections.defaultdict(list)  # what is to be told → the rows it is told of
 
-    def row(label, configuration, metrics, rest=""):
-        cells = "".join(f"{cell(metrics.get(task), '.2f'):>13}" for task in TASKS)
-        print(f"{label:{wide}}{configuration:>14}{cells}{rest}")
+    def add(label, numbers, metrics, *rest):
+        cells = (cell(metrics.get(task), ".2f") for task in TASKS)
+        table.append([label, numbers, *cells, *rest, *[""] * (3 - len(rest))])
 
-    notes = collections.defaultdict(dict)  # what is to be told → the rows it is told of
     for label, group in groups.items():
-        c = group[0].run.config
-        with torch.device("meta"):
-            counts = ase.count(ase.ASE(c)).values()
-        total, trained = (sum(n[i] for n in counts) / 1e6 for i in (0, 1))
+        c = group[0].config
         numbers = f"{c.experts}/{c.topk}/{c.shared}/{c.rank}" if c.experts else "no experts"
         gains = cell([row.result["delta_m"] for row in group], "+.2f", error=True)
-        row(label, numbers, {task: [row.result["metrics"][task] for row in group] for task in c.tasks},
-            f"{gains:>{last}}{total:10.2f}{trained:9.2f}")
+        add(label, numbers, {task: [row.result["metrics"][task] for row in group] for task in c.tasks},
+            gains, *(f"{number:.2f}" for number in parameters(group[0])))
+        cells = difference(group, groups[first]) if label != first else None
+        if cells and {*cells[1:]} != {"–"}:
+            table.append([f"  less {first}", *cells, "", ""])
         for result in (row.result for row in group):
-            notes[f"{result['images']} images at native size, {result['data']}"][label] = True
-            if "edge" in result:
-                nms = "with" if result["edge"]["nms"] else "without"
-                notes[f"odsF {nms} NMS, {len(result['edge']['thresholds'])} thresholds"][label] = True
-            for task, (found, classes) in result["classes"].items():
-                if 0 < found < classes:
-                    notes[f"{task}: the mean over the {found} of {classes} classes that occur"][label] = True
-            for task, value in result["metrics"].items():
-                if value is None:
-                    notes[f"{task}: no truth in these images, and so no Δm"][label] = True
+            told = [f"{result['images']} images at native size, {result['data']}"]
+            told += [f"{task}: the mean over the {found} of {classes} classes that occur"
+                     for task, (found, classes) in result["classes"].items() if 0 < found < classes]
+            told += [f"{task}: no truth in these images, and so no Δm"
+                     for task, value in result["metrics"].items() if value is None]
             default = "" if result["file"] == "metrics.json" else ", which is not the full default protocol"
-            notes[f"kept in {result['file']}{default}"][label] = True
+            for note in [*told, f"kept in {result['file']}{default}"]:
+                notes[note] += [label] * (label not in notes[note])
     if baseline:
-        row(f"baseline {name}"[:wide + 14], "", {task: [x] for task, x in baseline.items()})
-    results = [row.result for group in groups.values() for row in group]
-    row("constant", "", {task: [x] for result in results for task, x in result["constant"].items()})
+        label = f"baseline {name}" if name in BASELINES else "baseline"
+        add(label, "", {task: [value] for task, value in baseline.items()})
+    constant = collections.defaultdict(set)
+    for row in itertools.chain(*groups.values()):
+        for task, value in row.result["constant"].items():
+            constant[task].add(value)
+    add("constant", "", {task: [*values] if len(values) == 1 else None for task, values in constant.items()})
     print()
-    if last > 9:
-        print("metrics: mean ± standard deviation of the runs; Δm: ± standard error of the mean")
-    for note, of in notes.items():
-        print(note + (f" ({', '.join(of)})" if len(of) < len(groups) else ""))
+    print_rows(table)
+    print()
+    if several:
+        print("metrics: mean ± standard deviation of the runs; Δm: mean ± standard error")
+    if any(cells[0].startswith("  less ") for cells in table):
+        print("less: pairs of one seed, mean difference ± standard error, * beyond two of them")
+    for note, labels in notes.items():
+        print(note + (f" ({', '.join(labels)})" if len(labels) < len(groups) else ""))
     print(f"baseline: {name}")
-    print_differences(groups, wide, last)
-
-
-def print_differences(groups, wide, last):
-    """Each group against the first one, run by run of one seed: mean difference ± standard error."""
-    (label, first), *others = groups.items()
-    first = {seeds(row.run.settings): row.result for row in first}
-    heading = f"\nless {label}, pairs of one seed: mean ± standard error, * beyond two of them\n"
-    for other, group in others:
-        group = {seeds(row.run.settings): row.result for row in group}
-        pairs = [(group[key], first[key]) for key in group if key in first]
-        if len(pairs) < 2:
-            continue
-        cells = []
-        for task in [*TASKS, None]:
-            gains = []
-            for pair in pairs:
-                a, b = (result["metrics"].get(task) if task else result["delta_m"] for result in pair)
-                comparable = task or pair[0]["metrics"].keys() == pair[1]["metrics"].keys()
-                gains.append(None if a is None or b is None or not comparable else a - b)
-            text = cell(gains, "+.2f", error=True)
-            if text != "–" and abs(np.mean(gains)) > 2 * np.std(gains, ddof=1) / math.sqrt(len(gains)):
-                text += "*"
-            cells.append(f"{text:>{13 if task else last}}")
-        if set("".join(cells)) - {" ", "–"}:
-            print(heading + f"{other:{wide}}{f'{len(pairs)} pairs':>14}" + "".join(cells))
-            heading = ""
 
 
 def print_routers(groups):
     """What the routers did, in groups that have them: means over runs, layers and tasks."""
     groups = {label: group for label, group in groups.items() if group[0].epochs and
-              (group[0].run.config.experts or group[0].epochs[-1]["conflict"])}
+              (group[0].config.experts or group[0].epochs[-1]["conflict"])}
     if not groups:
         return
-    wide = max(12, *map(len, groups))
     parts = list(dict.fromkeys(part for group in groups.values() for row in group for epoch in row.epochs
                                for part in epoch["conflict"]))
-    heads = ["mass, epoch 1", "shared mass", "MI, nats", "update/FFN", *parts]
-    print("\nrouters at the end, means over layers and tasks; update/FFN: the experts' update relative to it"
-          + "\nLoRA, experts: pairs of tasks whose gradients oppose, mean cosine" * bool(parts))
-    print(f"{'':{wide}}" + "".join(f"{head:>16}" for head in heads))
+    table = [["", "mass, epoch 1", "shared mass", "MI, nats", "update/FFN", *parts]]
     for label, group in groups.items():
         ends = [(row.epochs[0], row.epochs[-1]) for row in group if row.epochs]
         cells = [cell([first["shared_mass"] for first, _ in ends], ".3f")]
@@ -931,7 +937,12 @@ def print_routers(groups):
             pairs = [end["conflict"][part] for _, end in ends if part in end["conflict"]]
             shares, means = zip(*pairs) if pairs else ((), ())
             cells.append(f"{np.mean(shares):.0%}, {np.mean(means):+.2f}" if pairs else "–")
-        print(f"{label:{wide}}" + "".join(f"{text:>16}" for text in cells))
+        table.append([label, *cells])
+    print("\nrouters after the last epoch, means over layers and tasks; update/FFN: the experts' update, "
+          "divided by the FFN's output")
+    if parts:
+        print("LoRA, experts: pairs of tasks whose gradients oppose, mean cosine")
+    print_rows(table)
 
 
 def select_ids(ids, path):
@@ -985,6 +996,8 @@ def run(args):
     runs = [open_run(folder) for folder in folders]
     if args.tasks:
         runs = [run._replace(config=with_tasks(run.config, args.tasks)) for run in runs]
+    if args.tasks and studies:
+        raise UserError(f"--tasks {args.tasks}: a study keeps runs as they were judged; name run folders")
     if not runs and (photos or not studies):
         raise UserError(f"no run folder among {', '.join(args.paths)}: "
                         "name the one train.py made, such as run/")
@@ -999,29 +1012,28 @@ def run(args):
         for photo in photos:
             draw_photo(runs[0], photo, model, device)
         return
-    known = [row for path in studies for row in read_study(path)]
-    if args.record:
-        record = Path(args.record)
+    record = args.record and Path(args.record)
+    if record:
         if record.suffix != ".jsonl" or not record.parent.is_dir():
             raise UserError(f"--record {record}: expected a name in a folder that is there, ending in .jsonl")
-        if record.exists():
-            read_study(record)  # nothing else is replaced
-    new = [Judged(run, evaluate_run(run, args, device), routers_of(run.folder)) for run in runs]
-    judged = {same(row): row for row in known}
-    for row in new:
-        if same(row) in judged and judged[same(row)] in new:
-            print(f"{row.run.folder} has the flags of {judged[same(row)].run.folder}: it is counted once")
-        judged[same(row)] = row
-    judged = list(judged.values())
-    name, baseline = baseline_of(args, [row.result for row in judged], device)
-    for run, result, _ in judged:
+        studies = [record] * record.exists() + studies  # what it holds stays
+    rows = {key_of(row): row for path in studies for row in read_study(path)}
+    named = named_baseline(args, device)
+    for run in runs:
+        row = Row(str(run.folder), run.settings, evaluate_run(run, args, device), routers_of(run.folder))
+        if key_of(row) in rows and rows[key_of(row)].run in map(str, folders):
+            print(f"{run.folder} has the flags of {rows[key_of(row)].run}: it is counted once")
+        rows[key_of(row)] = row
+    name, baseline = named or common_baseline([row.result for row in rows.values()])
+    for row in rows.values():
+        result = row.result
         before = dict(result)
         result["baseline"], result["delta_m"] = (name if baseline else None), None
         if baseline and None not in result["metrics"].values():
             result["delta_m"] = delta_m(result["metrics"], baseline)
-        if result != before and run in runs:
-            data.write_json(run.folder / result["file"], result)
-    groups = groups_of(judged, args.each)
+        if result != before and "key" in result:  # a run's own file, not a line of a study
+            data.write_json(Path(row.run) / result["file"], result)
+    groups = groups_of([*rows.values()], args.each)
     if args.only:
         named = {label.rpartition(" ×")[0] or label: label for label in groups}
         unknown = [label for label in args.only.split(",") if label not in named]
@@ -1030,12 +1042,12 @@ def run(args):
                             f"{', '.join(named)}")
         groups = {named[label]: groups[named[label]] for label in args.only.split(",")}
     print_table(groups, name, baseline)
-    for study in studies[:1]:
+    if record:
+        write_study(record, [*rows.values()])
+    for study in ([record] if record else studies)[:1]:
         print_routers(groups)
         draw_study(study.with_suffix(".png"), groups)
         print(f"drawn: {study.with_suffix('.png')}")
-    if args.record:
-        write_study(record, judged)
     if runs:
         pictures = sorted(p.name for p in runs[0].folder.glob("*.png"))
         print(f"pictures in {runs[0].folder}: {', '.join(pictures)}")
@@ -1259,11 +1271,11 @@ def draw_study(path, groups):
                 series.append(((mean - error, mean + error), (y, y), BLUE, 2, ""))
         ends = [x for xs, *_ in series for x in xs]
         panels.append(plot((330, 26 * len(gains)), (min(ends), max(ends)), (0.4, len(gains) + 0.6),
-                           ("gain over single-task models (runs): mean ± standard error", "%", ""),
+                           ("gain over the baseline (runs): mean ± standard error", "%", ""),
                            series, yticks=ticks))
     lines = []
     for label, name in names.items():
-        c = groups[label][0].run.config
+        c = groups[label][0].config
         masses = [[epoch["shared_mass"] for epoch in row.epochs] for row in groups[label] if row.epochs]
         if c.experts and c.shared and c.gating == "joint" and masses and None not in masses[0]:
             colour = tuple(data.PALETTE[1 + len(lines)].tolist())

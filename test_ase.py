@@ -2285,7 +2285,8 @@ def test_a_task_is_added_to_a_trained_model_and_changes_nothing_else(mini, tmp_p
         norm = math.sqrt(sum(g.square().sum().item() for g in gradients))
         assert logged(run, "step")[0]["norm"] == pytest.approx(norm, rel=1e-4)
 
-    table(base, run)
+    row = next(line for line in table(base, run).splitlines() if line.startswith(f"{run} "))
+    assert row.split()[-1] == f"{sum(p.numel() for p in fresh.values()) / 1e6:.2f}"  # trained
     first, whole = (result_of(r / "metrics.json")["metrics"] for r in (base, run))
     assert list(whole) == list(config.tasks)
     assert first == pytest.approx({task: whole[task] for task in first}, abs=0.01)
@@ -2425,15 +2426,14 @@ def test_evaluating_draws_remembers_and_tells(finished, table):
 def study_of(path, *rows, bases=None):
     """A study made by hand: (name, seed, flags that differ, metrics, epochs) a row, and what each extends."""
     settings = {"data": "demo", "weights": "w.pt", "extend": None, "seed": 0}
-    judged = []
+    made = []
     for (name, seed, change, metrics, epochs), base in zip(rows, bases or [None] * len(rows)):
         config = small(tasks={task: TASKS[task].channels for task in metrics}, **change)
-        run = evaluate.Run(Path("runs") / name, settings | {"seed": seed, "base": base,
-                                                                  "model": asdict(config)}, config)
-        result = {"metrics": metrics, "constant": {"sal": 5.0}, "images": 7, "data": "/there/demo",
+        told = settings | {"seed": seed, "base": base, "model": asdict(config)}
+        result = {"metrics": metrics, "constant": {"sal": 5.0, "edge": len(metrics)}, "images": 7, "data": "/there/demo",
                   "classes": {}, "file": "metrics.json", "default_baseline": "none"}
-        judged.append(evaluate.Judged(run, result, epochs))
-    evaluate.write_study(path, judged)
+        made.append(evaluate.Row(f"runs/{name}", told, result, epochs))
+    evaluate.write_study(path, made)
 
 
 def test_groups_of_seeds_and_their_differences_are_those_worked_out(tmp_path, table, fails):
@@ -2456,14 +2456,15 @@ def test_groups_of_seeds_and_their_differences_are_those_worked_out(tmp_path, ta
     assert row["old ×3"][5:7] == [f"{sum(gains) / 3:+.2f}", f"±{np.std(gains, ddof=1) / math.sqrt(3):.2f}"]
     # seeds 0 and 2 alone: 13 − 10 = 3 and 21 − 17 = 4, so 3.5 ± 0.5; normals −0.5 and 0.5
     pairs = next(line for line in told if "2 pairs" in line)
-    assert pairs.startswith("new ×3") and "+3.50 ±0.50*" in pairs and "+0.00 ±0.50 " in pairs
+    assert pairs.startswith("  less old ×3") and told[told.index(pairs) - 1].startswith("new ×3")
+    assert "+3.50 ±0.50*" in pairs and "+0.00 ±0.50 " in pairs
     assert sum(bool(re.search(r"\d pairs", line)) for line in told) == 1  # "one" has no pair
     routers = next(line.split() for line in told if "0.400" in line)
     assert routers == "old ×3 0.400 ±0.00 0.100 ±0.00 0.250 ±0.00 0.500 ±0.00 30%, -0.10".split()
     each = table(study, "--each")
-    assert "new-7" in each and "pairs of one seed" not in each and "baseline: none" in each
+    assert "new-7" in each and "less" not in each and "baseline: none" in each
     only = table(study, "--only", "new,old")
-    assert "less new ×3" in only and "\none " not in only and "'no'" in fails(
+    assert "  less new ×3 " in only and "\none " not in only and "'no'" in fails(
         evaluate.main, study, "--only", "no")
     table(study, "--baseline", "resnet18")
     assert drawn(tmp_path / "study.png")
@@ -2473,16 +2474,20 @@ def test_groups_of_seeds_and_their_differences_are_those_worked_out(tmp_path, ta
         assert "no study" in fails(evaluate.main, study, "--record", tmp_path / "x.jsonl")
     for name in ("x.json", "nowhere/x.jsonl"):
         assert "--record" in fails(evaluate.main, study, "--record", tmp_path / name)
+    assert "as they were judged" in fails(evaluate.main, study, "--tasks", "sal")
 
 
 def test_the_demos_baseline_is_the_mean_of_the_studys_single_task_models(tmp_path):
     rows = [row for row in evaluate.read_study(ROOT / "assets/study.jsonl")
-            if row.run.config.experts == 0 and len(row.run.config.tasks) == 1]
+            if row.config.experts == 0 and len(row.config.tasks) == 1]
     for task, value in evaluate.BASELINES["demo"].items():
-        found = {row.run.settings["seed"]: row.result["metrics"][task] for row in rows
-                 if task in row.run.config.tasks}
+        found = {row.settings["seed"]: row.result["metrics"][task] for row in rows if task in row.config.tasks}
         assert len(found) >= 4 and value == pytest.approx(np.mean([*found.values()]), abs=0.006)
-    assert evaluate.default_baseline(tmp_path) == "resnet18"
+    (tmp_path / "ImageSets/Context").mkdir(parents=True)
+    for images, name in ((5105, "resnet18"), (5104, "none")):
+        (tmp_path / "ImageSets/Context/val.txt").write_text("\n".join(map(str, range(images))))
+        (tmp_path / "ImageSets/Context/train.txt").write_text("0")
+        assert evaluate.default_baseline(tmp_path) == name
     for made, name in ((data.DEMO | {"seed": 0}, "demo"), (data.DEMO | {"seed": 1}, "none"), ({}, "none")):
         data.write_json(tmp_path / "demo.json", made)
         assert evaluate.default_baseline(tmp_path) == name
@@ -2506,11 +2511,16 @@ def test_rows_that_are_no_pairs_of_seeds_stay_apart(tmp_path, table):
     bases = [{"seed": s, "mi": mi, "data": "demo", "weights": "w.pt"} for mi in (0.1, 0.2) for s in seeds]
     rows = [(f"mi{base['mi']}-{n}", 0, {}, {"sal": 10.0 * n * n}, ended) for n, base in enumerate(bases)]
     study_of(tmp_path / "extended.jsonl", *rows, bases=bases)
+    where = "/a/augreg/w.safetensors", "/b/augreg/w.safetensors", "/a/mae/w.safetensors"
+    found = [evaluate.identity({"data": "demo", "weights": weights}) for weights in where]
+    assert found[0] == found[1] != found[2]
     told = table(tmp_path / "extended.jsonl")
     five = dict.fromkeys(TASKS, 30.0)
     study_of(tmp_path / "five.jsonl", *(("x-%d" % s, s, {"rank": 3}, five, []) for s in range(2)),
              *(("y-%d" % s, s, {"rank": 5}, five | {"edge": 31.5}, []) for s in range(2)))
     assert "2 pairs  +0.00 ±0.00" in table(tmp_path / "five.jsonl")  # no gap in the row
+    both = table(tmp_path / "five.jsonl", tmp_path / "extended.jsonl")  # judged on unlike images, it seems
+    assert re.search(r"\nconstant +– +– +5.00 +– +–\n", both)
     assert "mi0.1 ×2" in told and "+60.00 ±20.00*" in told  # 40 − 0 and 90 − 10, pairs of the bases' seeds
 
 
@@ -2612,7 +2622,7 @@ def test_no_protocol_replaces_anothers_pictures_and_what_is_interrupted_is_drawn
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(evaluate, "draw_curves", lambda *args: os.kill(os.getpid(), signal.SIGINT))
         table(finished)
-    assert stop.value.code == 130 and not (finished / "metrics.json").exists()
+    assert stop.value.code == 130 and result_of(finished / "metrics.json")["metrics"]  # figures are safe
     table(finished)
     after = tree(finished)
     assert drawn(finished / "curves.png") and finished / "metrics.json" in after
@@ -2823,9 +2833,10 @@ def test_bad_input_of_evaluate(finished, tmp_path, fails, counting):
     (tmp_path / "photo.jpg").write_text("no photo")
     Image.fromarray(np.ones((9, 9), np.float32)).save(tmp_path / "floats.tiff")
     (tmp_path / "ids.txt").write_text("2010_999999")
-    assert "unknown baseline" in told("--baseline", "resnet99")
-    error = told("--baseline", "resnet18", "survey")
-    assert "--baseline resnet18 survey: expected one of resnet18, survey, demo, alone" in error
+    alone = "is no run folder; expected those, or one of resnet18, survey, demo, alone"
+    assert f"resnet99 {alone}" in told("--baseline", "resnet99")
+    assert f"--baseline resnet18 survey: resnet18 {alone}" in told("--baseline", "resnet18", "survey")
+    assert not counting  # before hours of judging
     assert "no device meta here" in fails(evaluate.main, finished, "--device", "meta")
     assert "no data folder" in told("--data", tmp_path / "none")
     assert "expected a photo" in told(tmp_path / "photo.jpg")
