@@ -20,9 +20,7 @@ import argparse
 import json
 import math
 import re
-import shlex
 import zipfile
-from collections import OrderedDict
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +31,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 GATINGS = ("joint", "fixed")
-LARGEST = 8192  # side, width, depth, number or rank that a Config accepts: more than any of them needs
+LARGEST = 8192  # upper limit of every number in a Config
 PAPER_TASKS = {"semseg": 21, "human_parts": 7, "sal": 1, "edge": 1, "normals": 3}  # task → channels
 
 BACKBONES = {
@@ -74,11 +72,12 @@ class Config:
     def __post_init__(self):
         if self.lora is None:
             object.__setattr__(self, "lora", 4 if self.experts else 0)
+        unused = () if self.experts else ("topk", "shared", "rank")
         for f in fields(self):
             value, low = getattr(self, f.name), 0 if f.name in ("experts", "topk", "shared", "lora") else 1
-            used = f.type in (int, int | None) and (self.experts or f.name not in ("topk", "shared", "rank"))
-            require(not used or type(value) is int and low <= value <= LARGEST,
-                    f"{f.name} is {value!r}: expected a whole number from {low} to {LARGEST}")
+            if f.type in (int, int | None) and f.name not in unused:
+                require(type(value) is int and low <= value <= LARGEST,
+                        f"{f.name} is {value!r}: expected a whole number from {low} to {LARGEST}")
         require(type(self.noise) in (int, float) and 0 <= self.noise < math.inf,
                 f"noise is {self.noise!r}: expected a number, 0 or more")
         require(isinstance(self.tasks, dict) and self.tasks,
@@ -199,8 +198,8 @@ class LoRAExperts(nn.Module):
 
 
 class Routing(NamedTuple):
-    """What the routers did, averaged over images and tokens, in the blocks that have experts: (0, T, 0)
-    where none has."""
+    """What the routers did, averaged over images and tokens, in each block with experts; of shape (0, T, 0)
+    if no block has any."""
 
     probs: torch.Tensor  # (blocks, T, N−S) softmax of sparse logits before top-k, for `mutual_information`
     gates: torch.Tensor  # (blocks, T, N)   gates after top-k, shared experts first: the paper's Fig. 4
@@ -305,7 +304,7 @@ class Head(nn.Module):
         self.side = config.image // config.patch
         self.norm = nn.LayerNorm(config.dim, eps=1e-6)
         width, stages = config.head_dim, int(math.log2(config.patch))
-        groups = math.gcd(width, min(32, max(1, width // 8)))
+        groups = math.gcd(width, min(32, max(1, width // 8)))  # 32, fewer in a narrow head
         layers = []
         for stage in range(stages):
             layers += [nn.Conv2d(width if stage else config.dim, width, 3, padding=1)]
@@ -329,8 +328,7 @@ class ASE(nn.Module):
         self.config = config
         self.checkpointing = False  # True: recompute each block in the backward pass, for memory
         patches = (config.image // config.patch) ** 2
-        conv = nn.Conv2d(3, config.dim, config.patch, config.patch)
-        self.patch_embed = nn.Sequential(OrderedDict(proj=conv))
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, config.dim, config.patch, config.patch)})
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, config.dim))
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + patches, config.dim))
         if config.experts:
@@ -346,7 +344,7 @@ class ASE(nn.Module):
 
         Without experts all tasks share one pass: tokens (1, B, L, D).
         """
-        x = self.patch_embed(images).flatten(2).mT                                       # (B, P, D)
+        x = self.patch_embed.proj(images).flatten(2).mT                                  # (B, P, D)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed    # (B, L, D)
         x = x[None]                                                                      # (1, B, L, D)
         if self.config.experts:
@@ -378,7 +376,7 @@ OWN = ("routers", "embeddings", "heads")  # the parts of which each task has its
 
 def part(name):
     """The part of the model that a parameter belongs to, from its name: "others" for one that is new here."""
-    return next(part for part, pattern in PARTS.items() if re.fullmatch(pattern, name))
+    return next(found for found, pattern in PARTS.items() if re.fullmatch(pattern, name))
 
 
 def count(model):
@@ -406,7 +404,7 @@ TRANSFORMERS = {
     r"intermediate\.dense": "mlp.fc1", r"output\.dense": "mlp.fc2", r"^layernorm\.": "norm.",
     "layernorm_before": "norm1", "layernorm_after": "norm2"}
 
-# what acts after the blocks, or in pretraining alone, and so does not change the features
+# weights that do not change the features: used only after the blocks, or only in pretraining
 HARMLESS = r"(mask\w*|pre_logits|fc|fc_norm|\w*(head|pool|proj|pred|decoder|classifier)\w*)(\..*)?"
 
 
@@ -423,18 +421,16 @@ def load(path):
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             require(not damaged, f"its part {damaged} is damaged")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # many checkpoints keep their flags
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a file of another kind makes torch.load raise nearly anything
         reason = str(error) or type(error).__name__
     found = re.search(r"Unsupported global: GLOBAL (\S+)", reason)
-    if not found:
-        reason = reason.split("\n")[0].split(". ")[0]
-        raise ValueError(f"cannot read {path} ({reason}): expected a file of torch.save or .safetensors")
-    old, new, names = map(json.dumps, (str(path), f"{path}.tensors", WRAPPERS))
-    code = (f'import torch; c = torch.load({old}, map_location="cpu", weights_only=False); '
-            f"torch.save({{k: c[k] for k in c if k in {names} or torch.is_tensor(c[k])}}, {new})")
-    raise ValueError(f"{path} holds {found[1]} beside tensors, which may run code; if you trust it, "
-                     f"make a file of its tensors alone: python -c {shlex.quote(code)}")
+    if found:
+        raise ValueError(f"{path} holds {found[1]} beside tensors, which may run code: expected tensors alone, "
+                         "such as a .safetensors file of the same weights")
+    reason = reason.split("\n")[0].split(". ")[0]
+    raise ValueError(f"cannot read {path} ({reason}): expected a file of torch.save or .safetensors")
 
 
 def read_safetensors(path):

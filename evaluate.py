@@ -584,7 +584,7 @@ def with_tasks(config, tasks):
     tasks = tasks.split(",")
     unknown = [task for task in tasks if task not in config.tasks or tasks.count(task) > 1]
     if unknown:
-        raise UserError(f"--tasks {','.join(tasks)}: {unknown[0]!r} is no task of the run, or named twice; "
+        raise UserError(f"--tasks {','.join(tasks)}: {unknown[0]!r} is unknown or named twice; "
                         f"expected some of {','.join(config.tasks)}")
     return replace(config, tasks={task: n for task, n in config.tasks.items() if task in tasks})
 

@@ -6,7 +6,7 @@
     python train.py --gating joint --shared 0 --topk 4                the control that the paper lacks
     python train.py --experts 0                                       the plain multi-task ViT
     python train.py --experts 0 --tasks semseg                        a single-task model
-    python train.py --extend run4 --tasks normals --out run5          a task more for a trained model
+    python train.py --extend run4 --tasks normals --out run5          add a task to a trained model
     python train.py --data PASCAL_MT --weights vit_base.safetensors   the paper's setting
     torchrun --nproc_per_node=8 train.py …                            the same on several GPUs
 
@@ -44,8 +44,8 @@ import data
 import evaluate
 from data import TASKS, UserError
 
-# What the paper does not say is ours: optimiser, learning rate, warm-up, clipping.
 MODEL = ("experts", "topk", "shared", "rank", "gating", "noise", "lora")  # flags that `ase.Config` has, too
+# What the paper does not say is ours: optimiser, learning rate, warm-up, clipping.
 PAPER = {flag: getattr(ase.Config, flag) for flag in MODEL} | dict(mi=0.005, mean_std="imagenet", seed=0)
 DEMO = dict(backbone="vit_tiny", epochs=3, batch=2, lr=2e-3, val_images=50)
 PASCAL = dict(backbone="vit_base", epochs=40, batch=32, lr=5e-4, val_images=500)
@@ -225,8 +225,8 @@ def conflict(model, dataset, settings, micro_batch):
     """
     model.eval()
     config, device = model.config, next(model.parameters()).device
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    common = {name: p for name, p in trained.items() if ase.part(name) in ("backbone", "LoRA", "experts")}
+    common = {name: p for name, p in model.named_parameters()
+              if p.requires_grad and ase.part(name) in ("backbone", "LoRA", "experts")}
     sums = [[torch.zeros_like(p) for p in common.values()] for _ in config.tasks]
     plan = [indices.tolist() for indices in torch.arange(min(CONFLICT, len(dataset))).split(micro_batch)]
     batches = [data.warp(*canvas, config.image, settings["mean_std"], config.tasks)
@@ -238,21 +238,21 @@ def conflict(model, dataset, settings, micro_batch):
         for total, loss in zip(sums, evaluate.losses(predictions, batch.targets, pixels).values()):
             for s, g in zip(total, torch.autograd.grad(loss, [*common.values()], retain_graph=True)):
                 s += g
-    parts = {}
-    for name, *gradients in zip(common, *sums):                                          # T of them
-        part, cut = ase.part(name), config.shared
-        pieces = [(part, slice(None))]
+    parts = {}  # part → its parameters' gradients, (T, numbers) each
+    for name, *gradients in zip(common, *sums):
+        g, part, cut = torch.stack(gradients), ase.part(name), config.shared             # (T, …)
+        pieces = {part: g}
         if part == "experts":
-            pieces = [("shared experts", slice(cut)), ("sparse experts", slice(cut, None))]
-        for piece, rows in pieces:
-            parts.setdefault(piece, []).append(torch.stack([g[rows].flatten() for g in gradients]))
-    cosines = {part: F.normalize(torch.cat(rows, 1), dim=1) for part, rows in parts.items()}
-    cosines = {part: x @ x.T for part, x in cosines.items()}  # 0 with itself: a task without truth here
-    return {part: x.tolist() for part, x in cosines.items() if (x.diagonal() > 0).sum() > 1}
+            pieces = {"shared experts": g[:, :cut], "sparse experts": g[:, cut:]}
+        for piece, x in pieces.items():
+            parts.setdefault(piece, []).append(x.flatten(1))
+    unit = {piece: F.normalize(torch.cat(x, 1), dim=1) for piece, x in parts.items()}
+    cosines = {piece: x @ x.T for piece, x in unit.items()}  # a task without ground truth here: 0 with itself
+    return {piece: x.tolist() for piece, x in cosines.items() if (x.diagonal() > 0).sum() > 1}
 
 
 class Log:
-    """What a training tells: a line every LOG_EVERY steps and every epoch, and log.jsonl with all of it."""
+    """The progress of a training: a line every LOG_EVERY steps and every epoch; log.jsonl has all of it."""
 
     def __init__(self, settings, args, first_epoch, steps_per_epoch, rank):
         self.settings, self.args, self.rank, self.path = settings, args, rank, Path(args.out) / "log.jsonl"
@@ -293,7 +293,7 @@ class Log:
                 file.write(json.dumps(record) + "\n")
 
     def step(self, step, losses, lr, norm):
-        """losses (T,) of this process's images: they add up over processes. Due, it waits for the device."""
+        """losses (T,) of this process's images, which add up over processes. Only a record waits for the GPU."""
         self.recent.append(losses)
         if len(self.recent) < LOG_EVERY and (step + 1) % self.steps_per_epoch:
             return
@@ -331,7 +331,8 @@ class Log:
         self.mark = time.time()
 
     def finish(self, device):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if resource else math.nan
+        unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if resource else math.nan
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(device)
         print(f"\ntrained in {data.duration(time.time() - self.begin)}; peak memory {peak / 2**30:.2f} GiB\n"
@@ -360,7 +361,7 @@ def locked(out):
 def resume(out, settings, args):
     """The checkpoint of an interrupted run with these settings, or None. Raises UserError for another run."""
     path, anew = out / "checkpoint.pt", f"train anew: {command_again(args)}"
-    if not path.is_file():  # a run that never came to a checkpoint has nothing to lose, whatever its flags
+    if not path.is_file():  # nothing can be lost, whatever the flags
         visible = [file.name for file in out.glob("*") if not file.name.startswith(".")]
         if visible and "config.json" not in visible:
             raise UserError(f"{out} holds {visible[0]} and is no run folder: name another one, --out DIR")
@@ -414,8 +415,8 @@ def pretrain(path, backbone, device):
     classes = len(data.VOC_CLASSES) - 1
     model = ase.ASE(ase.Config(**ase.BACKBONES[backbone], experts=0, tasks={"classes": classes})).to(device)
     classify = torch.nn.Linear(model.config.dim, classes).to(device)
-    # The patch embedding stays random, as in MoCo v3 (Chen et al. 2021): a better F1, and a patch keeps its
-    # detail for the other tasks. The strong decay keeps tokens small: adapters can move them.
+    # The patch embedding stays random, as in MoCo v3 (Chen et al. 2021): F1 is better, and patches keep detail
+    # that other tasks need. The strong weight decay keeps tokens small, so that adapters can change them.
     model.patch_embed.requires_grad_(False)
     vit = [p for name, p in model.named_parameters() if ase.part(name) == "backbone"]
     parameters = [p for p in (*vit, *classify.parameters()) if p.requires_grad]
@@ -486,11 +487,9 @@ def resolve(args, world):
     root = Path(args.data).resolve()
     to_make = args.data == "demo" and not root.exists()
     is_demo = to_make or (root / "demo.json").is_file()
-    runtime = ("argv", "out", "cache", "workers", "micro_batch", "device", "compile", "checkpointing",
-               "pretrain", "conflict")
-    given = {flag: value for flag, value in vars(args).items() if flag not in runtime and value is not None}
     args.before = {}
-    settings = PAPER | (DEMO if is_demo else PASCAL) | {"extend": None} | given
+    settings = PAPER | (DEMO if is_demo else PASCAL) | {"extend": None}
+    settings |= {flag: getattr(args, flag) for flag in PAPER | DEMO if getattr(args, flag, None) is not None}
     images = data.DEMO["train"]
     if not to_make:
         train_ids, val_ids = (data.read_ids(args.data, split) for split in ("train", "val"))
@@ -498,20 +497,19 @@ def resolve(args, world):
         if both:
             raise UserError(f"{both[0]} is in both train.txt and val.txt of {root} ({len(both)} such ids): "
                             "remove it from one")
+    known = ase.Config(tasks={task: TASKS[task].channels for task in TASKS})
     there = base.config.tasks if base else {}
-    tasks = args.tasks.split(",") if args.tasks else [task for task in TASKS if task not in there]
-    for task in tasks:
-        if task not in TASKS or tasks.count(task) > 1:
-            raise UserError(f"--tasks {args.tasks}: {task!r} is unknown or named twice; expected some of "
-                            f"{','.join(TASKS)}")
+    tasks = [task for task in TASKS if task not in there]
+    if args.tasks:
+        tasks = list(evaluate.with_tasks(known, args.tasks).tasks)
     if args.conflict and (base or len(tasks) < 2):
         raise UserError("--conflict compares gradients of what tasks share: expected two tasks or more, and "
                         "no --extend")
-    settings |= extend(base, args, tasks, given) if base else start(args, tasks, settings, is_demo)
+    settings |= extend(base, args, tasks) if base else start(args, tasks, settings, is_demo)
     if settings["batch"] > images or settings["batch"] % world:
         raise UserError(f"--batch {settings['batch']}: expected at most the {images} training images, and a "
                         f"multiple of the {world} processes")
-    return settings | {"data": str(root), "tasks": ",".join(task for task in TASKS if task in tasks)}
+    return settings | {"data": str(root), "tasks": ",".join(tasks)}
 
 
 def start(args, tasks, settings, is_demo):
@@ -527,7 +525,7 @@ def start(args, tasks, settings, is_demo):
     if args.pretrained and not args.backbone:
         backbone = ase.backbone_for(args.pretrained)
     shape = ase.BACKBONES[backbone] | ({"image": args.size} if args.size else {})
-    channels = {task: TASKS[task].channels for task in TASKS if task in tasks}
+    channels = {task: TASKS[task].channels for task in tasks}
     config = ase.Config(**shape, tasks=channels, **{flag: settings[flag] for flag in MODEL})
     if args.pretrained:
         with torch.device("meta"):  # nothing but shapes: a check of the file
@@ -537,15 +535,15 @@ def start(args, tasks, settings, is_demo):
             "size": config.image, "lora": config.lora, "model": asdict(config)}
 
 
-def extend(base, args, tasks, given):
+def extend(base, args, tasks):
     """The same for a finished run's model, to which tasks are added."""
     if base.folder.resolve() == Path(args.out).resolve():
         raise UserError(f"--out {args.out} is the run to be extended, which stays as it is: name another one")
     kept = {flag: getattr(base.config, flag) for flag in MODEL}
     kept |= {flag: base.settings[flag] for flag in ("backbone", "weights", "size", "mean_std")}
-    for flag in kept.keys() & given.keys():
-        if given[flag] != kept[flag]:
-            raise UserError(f"--{flag.replace('_', '-')} {given[flag]}: {base.folder} has {kept[flag]}, and "
+    for flag, value in kept.items():
+        if getattr(args, flag) not in (None, value):
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: {base.folder} has {value}, and "
                             "its model stays as it is: leave the flag out")
     twice = [task for task in tasks if task in base.config.tasks]
     if twice or not tasks:
@@ -559,8 +557,8 @@ def extend(base, args, tasks, given):
     args.before = evaluate.load_model(base, "cpu").state_dict()  # once: `train` copies them
     channels = {task: TASKS[task].channels for task in TASKS if task in tasks or task in base.config.tasks}
     config = replace(base.config, tasks=channels)
-    told = {flag: value for flag, value in base.settings.items() if flag != "model"}
-    return kept | {"extend": str(base.folder.resolve()), "base": told, "model": asdict(config)}
+    flags = {flag: value for flag, value in base.settings.items() if flag != "model"}
+    return kept | {"extend": str(base.folder.resolve()), "base": flags, "model": asdict(config)}
 
 
 def number(kind, low, high=1_000_000):
@@ -575,72 +573,64 @@ def number(kind, low, high=1_000_000):
 
 
 def main(argv=None):
-    def by_data(flag):
-        return f"(default {DEMO[flag]} on a demo, {PASCAL[flag]} elsewhere)"
+    def add(flag, text, **more):
+        """A flag of `group`; the default that it has in PAPER, or in DEMO and PASCAL, is told."""
+        name = flag[2:].replace("-", "_")
+        if name in DEMO:
+            text += f" (default {DEMO[name]} on a demo, {PASCAL[name]} elsewhere)"
+        elif PAPER.get(name) is not None:
+            text += f" (default {PAPER[name]})"
+        group.add_argument(flag, help=text, **more)
 
     count, some = number(int, 0), number(int, 1)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.set_defaults(argv=sys.argv[1:] if argv is None else argv)
 
     group = parser.add_argument_group("the model")
-    group.add_argument("--experts", type=count, metavar="N",
-                       help=f"experts in a layer, shared ones included; 0: none (default {PAPER['experts']})")
-    group.add_argument("--topk", type=count, metavar="K",
-                       help=f"sparse experts active for a token, shared ones apart (default {PAPER['topk']})")
-    group.add_argument("--shared", type=count, metavar="S", help="shared experts (default 1)")
-    group.add_argument("--rank", type=count, metavar="R", help="rank of an expert (default 4)")
-    group.add_argument("--gating", choices=ase.GATINGS,
-                       help="joint: one softmax over selected and shared experts, ASE; fixed: softmax before "
-                            "top-k, shared gates are 1 (default joint)")
-    group.add_argument("--noise", type=number(float, 0), metavar="X",
-                       help="factor of the routers' learned noise in training; 0: none "
-                            f"(default {PAPER['noise']})")
-    group.add_argument("--mi", type=number(float, 0), metavar="W",
-                       help=f"weight of the mutual information loss, Mod-Squad's (default {PAPER['mi']})")
-    group.add_argument("--lora", type=count, metavar="R",
-                       help="rank of the backbone's LoRA; 0 trains it in full (default 4; without experts 0)")
-    group.add_argument("--tasks", metavar="A,B", help=f"some of {','.join(TASKS)} (default all)")
-    group.add_argument("--extend", metavar="RUN",
-                       help="add --tasks to this finished run's model, which stays as it is: only their "
-                            "routers, embeddings and heads are trained (data and model default to the run's)")
-    group.add_argument("--backbone", choices=ase.BACKBONES,
-                       help=f"shape of the ViT {by_data('backbone')}; given --weights decide it")
-    group.add_argument("--weights", metavar="FILE",
-                       help="pretrained ViT, .safetensors or torch.save; none: random (default a demo's own; "
-                            "needed elsewhere)")
-    group.add_argument("--pretrain", metavar="FILE",
-                       help="make the demo's backbone anew, as FILE, and nothing else: an hour")
-    group.add_argument("--mean-std", choices=data.MEAN_STD,
-                       help="the weights' normalisation: imagenet (DeiT, MAE, DINO) or half (timm's augreg, "
-                            "Google's) (default imagenet)")
+    add("--experts", "experts in a layer, shared ones included; 0: none", type=count, metavar="N")
+    add("--topk", "sparse experts active for a token, shared ones apart", type=count, metavar="K")
+    add("--shared", "shared experts", type=count, metavar="S")
+    add("--rank", "rank of an expert", type=count, metavar="R")
+    add("--gating", "joint: one softmax over selected and shared experts, ASE; fixed: softmax before top-k, "
+                    "shared gates are 1", choices=ase.GATINGS)
+    add("--noise", "factor of the routers' learned noise in training; 0: none", type=number(float, 0),
+        metavar="X")
+    add("--mi", "weight of the mutual information loss, Mod-Squad's", type=number(float, 0), metavar="W")
+    add("--lora", "rank of the backbone's LoRA; 0 trains it in full (default 4; without experts 0)",
+        type=count, metavar="R")
+    add("--tasks", f"some of {','.join(TASKS)} (default all)", metavar="A,B")
+    add("--extend", "add --tasks to this finished run's model, which stays as it is: only their routers, "
+                    "embeddings and heads are trained (data and model default to the run's)", metavar="RUN")
+    add("--backbone", "shape of the ViT; given --weights decide it", choices=ase.BACKBONES)
+    add("--weights", "pretrained ViT, .safetensors or torch.save; none: random (default a demo's own; needed "
+                     "elsewhere)", metavar="FILE")
+    add("--pretrain", "make the demo's backbone anew, as FILE, and nothing else: an hour", metavar="FILE")
+    add("--mean-std", "the weights' normalisation: imagenet (DeiT, MAE, DINO) or half (timm's augreg, "
+                      "Google's)", choices=data.MEAN_STD)
 
     group = parser.add_argument_group("the data")
-    group.add_argument("--data", metavar="DIR",
-                       help="a folder in PASCAL-Context's layout; demo is made where missing (default demo)")
-    group.add_argument("--cache", metavar="DIR", help="of parsed images (default cache/ in the data set)")
-    group.add_argument("--size", type=some, metavar="PIXELS",
-                       help="side of the network's square input (default the backbone's, 96 or 224)")
-    group.add_argument("--workers", type=number(int, 0, 256), metavar="N",
-                       help="processes that read ahead (default 4 with a GPU, else 0)")
+    add("--data", "a folder in PASCAL-Context's layout; demo is made where missing (default demo)",
+        metavar="DIR")
+    add("--cache", "of parsed images (default cache/ in the data set)", metavar="DIR")
+    add("--size", "side of the network's square input (default the backbone's, 96 or 224)", type=some,
+        metavar="PIXELS")
+    add("--workers", "processes that read ahead (default 4 with a GPU, else 0)", type=number(int, 0, 256),
+        metavar="N")
 
     group = parser.add_argument_group("the training (the paper says no more than: 40 epochs)")
-    group.add_argument("--out", default="run", metavar="DIR", help="the run folder (default run)")
-    group.add_argument("--epochs", type=some, metavar="N", help=f"passes over the images {by_data('epochs')}")
-    group.add_argument("--batch", type=some, metavar="N", help=f"images a step {by_data('batch')}")
-    group.add_argument("--micro-batch", type=some, metavar="N",
-                       help="images at a time on one device; gradients add up, router noise and mutual "
-                            "information are each micro-batch's own (default all)")
-    group.add_argument("--lr", type=number(float, 1e-9), metavar="X",
-                       help=f"highest learning rate {by_data('lr')}")
-    group.add_argument("--seed", type=number(int, 0, 1_000_000_000), metavar="N",
-                       help="of everything random (default 0)")
-    group.add_argument("--conflict", action="store_true",
-                       help="after each epoch, the angles between the tasks' gradients, for conflicts.png: "
-                            f"takes as long as training on {2 * CONFLICT} images")
-    group.add_argument("--device", metavar="NAME", help="cpu, cuda, … (default cuda where there is one)")
-    group.add_argument("--compile", action="store_true", help="torch.compile the model")
-    group.add_argument("--checkpointing", action="store_true",
-                       help="recompute each block in the backward pass: less memory, same gradients")
+    add("--out", "the run folder (default run)", default="run", metavar="DIR")
+    add("--epochs", "passes over the images", type=some, metavar="N")
+    add("--batch", "images a step", type=some, metavar="N")
+    add("--micro-batch", "images at a time on one device; gradients add up, router noise and mutual "
+                         "information are each micro-batch's own (default all)", type=some, metavar="N")
+    add("--lr", "highest learning rate", type=number(float, 1e-9), metavar="X")
+    add("--seed", "of everything random", type=number(int, 0, 1_000_000_000), metavar="N")
+    add("--conflict", "after each epoch, the angles between the tasks' gradients, for conflicts.png: takes as "
+                      f"long as training on {2 * CONFLICT} images", action="store_true")
+    add("--device", "cpu, cuda, … (default cuda where there is one)", metavar="NAME")
+    add("--compile", "torch.compile the model", action="store_true")
+    add("--checkpointing", "recompute each block in the backward pass: less memory, same gradients",
+        action="store_true")
     return data.command(parser, run, argv)
 
 
