@@ -427,8 +427,8 @@ def load(path):
         reason = str(error) or type(error).__name__
     found = re.search(r"Unsupported global: GLOBAL (\S+)", reason)
     if found:
-        raise ValueError(f"{path} holds {found[1]} beside tensors, which may run code: expected tensors alone, "
-                         "such as a .safetensors file of the same weights")
+        raise ValueError(f"{path} holds {found[1]} beside tensors, which may run code: expected tensors "
+                         "alone, such as a .safetensors file of the same weights")
     reason = reason.split("\n")[0].split(". ")[0]
     raise ValueError(f"cannot read {path} ({reason}): expected a file of torch.save or .safetensors")
 

@@ -6,8 +6,9 @@
 
 An image of a data set is a stack of planes of bytes at the image's own size: the photo and the maps that the
 tasks are made from (`MAPS`). It is what the files hold, what the cache keeps, and what goes to the device.
-There one affine grid warps all planes at once and `targets` derives the tasks from them: edges and the
-validity of normals come from the warped LabelMap, never from a resized map of edges.
+There one affine grid warps all planes at once and `targets` derives the tasks from them: edges are drawn in
+the warped LabelMap (a resized map of edges would lose half of them), which also tells where normals are
+valid.
 
 Layout and class lists: PASCAL-Context (Mottaghi et al. 2014) with the parts of Chen et al. 2014 and the
 saliency and normals distilled by Maninis et al. 2019 (ASTMT), as multi-task papers use it since.
@@ -19,7 +20,6 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
-import datetime
 import json
 import math
 import multiprocessing
@@ -90,21 +90,22 @@ PART_OF = {name: index for index, names in enumerate((
     "llarm rlarm lhand rhand", "luleg ruleg", "llleg rlleg lfoot rfoot"), 1) for name in names.split()}
 
 
-def decode_image(path, size):
+def read_image(path, mode, size=None, resample=None):
     with Image.open(path) as image:
-        return np.array(eight_bits(image).convert("RGB")).transpose(2, 0, 1)             # (3, H, W)
+        image = eight_bits(image).convert(mode)
+        return np.array(image.resize(size, resample) if size else image)                 # (H, W) or (H, W, 3)
 
 
-def decode_normals(path, size):
-    with Image.open(path) as image:  # it may have a size of its own
-        image = eight_bits(image).convert("RGB").resize(size, Image.BILINEAR)
-        return np.array(image).transpose(2, 0, 1)                                        # (3, H, W)
+def decode_image(path, size):
+    return read_image(path, "RGB").transpose(2, 0, 1)                                    # (3, H, W)
 
 
-def decode_saliency(path, size):
-    with Image.open(path) as image:  # this one, too
-        image = eight_bits(image).convert("L").resize(size, Image.NEAREST)
-        return np.asarray(image)[None] > 127                                             # (1, H, W)
+def decode_normals(path, size):  # the file may have a size of its own
+    return read_image(path, "RGB", size, Image.BILINEAR).transpose(2, 0, 1)              # (3, H, W)
+
+
+def decode_saliency(path, size):  # this one, too
+    return read_image(path, "L", size, Image.NEAREST)[None] > 127                        # (1, H, W)
 
 
 def decode_semseg(path, size):
@@ -221,7 +222,7 @@ def read_planes(root, id, maps, image=None):
 
 
 def boundaries(labels):
-    """Edges as training has them, where a map of labels changes: its 4-neighbour Laplacian, mirrored at the
+    """Edges as training has them: the pixels where the 4-neighbour Laplacian of the labels, mirrored at the
     border, is not zero.
 
     (B, H, W) → bool. Lines are one or two pixels wide, and `thin` makes them one; where the differences to
@@ -449,25 +450,28 @@ def warp(canvas, sizes, side, mean_std, tasks=TASKS, target_to_source=None):
 
 
 def cached(path, source, planes):
-    """(H, W) of a map that the cache holds whole and newer than its source, else None."""
+    """(H, W) of a map that the cache holds whole and as it was made from this source, else None."""
     with contextlib.suppress(OSError, ValueError, EOFError):  # missing, cut, or no array
         array = np.load(path, mmap_mode="r")
-        if array.dtype == np.uint8 and array.ndim == 3 and len(array) == planes:
-            return array.shape[1:] if path.stat().st_mtime >= source.stat().st_mtime else None
+        same = abs(path.stat().st_mtime - source.stat().st_mtime) < 2  # seconds: some file systems round
+        whole = array.dtype == np.uint8 and array.ndim == 3 and len(array) == planes
+        return array.shape[1:] if whole and same else None
 
 
 def _cache_image(job):
     root, id, maps, folder = job
     image = read_map(root, "image", id, None)
     for name in maps:
+        path, made = folder / name / f"{id}.npy", find(root, name, id).stat().st_mtime
         planes = image if name == "image" else read_map(root, name, id, image.shape[:0:-1])
-        write_atomically(folder / name / f"{id}.npy", lambda file: np.save(file, planes))
+        write_atomically(path, lambda file: np.save(file, planes))
+        os.utime(path, (made, made))  # its source's time: another file of that name is noticed
 
 
 def build_cache(root, ids, tasks=TASKS, cache=None):
     """Parse the files of these images once, on all cores, into one array a map and image; return the folder.
 
-    cache: where that folder lies, else inside the data set. What is there, whole and newer than its source,
+    cache: where that folder lies, else inside the data set. What is there, whole and from the same sources,
     stays: a build that was interrupted goes on, and another task adds its maps. Raises UserError where a file
     is missing or broken, or the folder cannot be written.
     """
@@ -475,7 +479,7 @@ def build_cache(root, ids, tasks=TASKS, cache=None):
     for id in ids:
         held = {name: cached(folder / name / f"{id}.npy", find(root, name, id), MAPS[name].planes)
                 for name in maps_of(tasks)}
-        stale = list(held) if len({*held.values()} - {None}) > 1 else [n for n in held if held[n] is None]
+        stale = [name for name, size in held.items() if size is None or size != held["image"]]
         if stale:
             jobs.append((root, id, stale, folder))
     if jobs:
@@ -484,7 +488,8 @@ def build_cache(root, ids, tasks=TASKS, cache=None):
         for name in maps_of(tasks):
             (folder / name).mkdir(parents=True, exist_ok=True)
             remove_leavings(folder / name)
-        collections.deque(parallel(_cache_image, jobs, "cache"), maxlen=0)
+        for _ in parallel(_cache_image, jobs, "cache"):
+            pass
     except OSError as error:
         raise UserError(f"cannot write the cache {folder} ({error.strerror}): make room, or name another "
                         "folder, --cache DIR") from None
@@ -523,8 +528,7 @@ KINDS = ("missing", "unreadable", "size", "range")  # of a Fault
 
 
 def check(root):
-    """Print what the data set holds and lacks; return the tasks that it could train, and the (split, id) of
-    the images that have all that these need."""
+    """Print what the data set holds and lacks; return the tasks that it could train, and all ids."""
     splits = {split: read_ids(root, split) for split in ("train", "val")}
     both = sorted(set(splits["train"]) & set(splits["val"]))
     if both:
@@ -556,14 +560,13 @@ def check(root):
                     "decode_normals and delete the cache")
             print(f"  floor normals: mean of channel 1 is {down / floor:+.2f}, {sign}")
     tasks = [task for task in TASKS if not both and not any(faulty[name] for name in maps_of([task]))]
-    spoilt = set().union(*(faulty[name] for name in maps_of(tasks)))
-    return tasks, [(split, id) for split, ids in splits.items() for id in ids if id not in spoilt]
+    return tasks, splits["train"] + splits["val"]
 
 
-def draw_contact(root, images, tasks, path):
-    """8 images of the data set, spread over `images` (pairs of split and id), with the targets of `tasks`."""
+def draw_contact(root, ids, tasks, path):
+    """8 images of the data set, spread over `ids`, with the targets of `tasks`."""
     rows, maps = [], maps_of(tasks)
-    for _, id in images[::max(1, len(images) // 8)][:8]:
+    for id in ids[::max(1, len(ids) // 8)][:8]:
         planes = torch.from_numpy(read_planes(root, id, maps))
         painted = [paint(TASKS[task], x[0].numpy()) for task, x in targets(planes[None], tasks).items()]
         rows.append([pick(planes, "image", maps).permute(1, 2, 0).numpy(), *painted])
@@ -645,6 +648,7 @@ def sheet(rows, titles=(), legend=(), labels=(), cell=180, frame="silver", path=
     if path:
         write_atomically(path, lambda file: canvas.save(file, "PNG", optimize=True))
     return canvas
+
 
 # ------------------------------------------------------------------------------------ how the commands behave
 
@@ -760,25 +764,26 @@ def command(parser, job, argv=None):
 
 @contextlib.contextmanager
 def interrupts():
-    """Hear Ctrl-C, always: Python drops an exception that is raised while it destroys an object, such as a
-    generator; so this one comes again each second until the block has ended. After it a second Ctrl-C is not
-    heard: nothing but the end of the process is left."""
+    """Hear Ctrl-C, always. Python drops an exception that is raised while it destroys an object, such as a
+    generator: so KeyboardInterrupt is raised again each second until the block ends. What cleans up after it
+    is not interrupted again."""
     def interrupt(*_):
         if timer:
             signal.setitimer(signal.ITIMER_REAL, 1)
         raise KeyboardInterrupt
 
-    timer = hasattr(signal, "setitimer")  # there is none on Windows
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # a job in the background ignores it
+    timer, before = hasattr(signal, "setitimer"), signal.getsignal(signal.SIGINT)  # Windows has no timer
+    if before != signal.SIG_IGN:  # a job in the background ignores it
         signal.signal(signal.SIGINT, interrupt)
         if timer:
             signal.signal(signal.SIGALRM, interrupt)
     try:
         yield
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        before = signal.SIG_IGN
         raise
     finally:
+        signal.signal(signal.SIGINT, before)
         if timer:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
@@ -797,7 +802,8 @@ def progress(items, total, what):
 
 def duration(seconds):
     """Seconds as h:mm:ss."""
-    return str(datetime.timedelta(seconds=round(seconds)))
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
 def cores():
@@ -1156,8 +1162,8 @@ def _write_scene(job):
 
 
 def make_demo(root, train=DEMO["train"], val=DEMO["val"], size=DEMO["size"], seed=0):
-    """Render a data set in PASCAL-Context's layout, named when complete. size: longest side, pixels; another
-    seed (0 to 49): other scenes."""
+    """Render a data set in PASCAL-Context's layout; the folder gets its name when all is written. size:
+    longest side, pixels; another seed, 0 to 49: other scenes."""
     root = Path(root)
     if root.exists():
         raise UserError(f"{root} exists: name a folder that doesn't, or delete it")
@@ -1177,6 +1183,7 @@ def make_demo(root, train=DEMO["train"], val=DEMO["val"], size=DEMO["size"], see
         (partial / f"ImageSets/Parts/{split}.txt").write_text(json.dumps(parts))
     write_json(partial / "demo.json", {"train": train, "val": val, "size": size, "seed": seed})
     partial.rename(root)
+
 
 # --------------------------------------------------------------------------------------------- python data.py
 
@@ -1198,13 +1205,16 @@ def run(args):
         train, val = args.make or (DEMO["train"], DEMO["val"])
         allowed = range(1, 10**6), range(1, 10**6), range(32, 4097), range(50)
         if not all(value in values for value, values in zip((train, val, args.size, args.seed), allowed)):
-            raise UserError(f"--make {train} {val} --size {args.size} --seed {args.seed}: expected 1 image or "
-                            "more, 32 to 4096 pixels, a seed from 0 to 49")
+            raise UserError(f"--make {train} {val} --size {args.size} --seed {args.seed}: expected 1 to 999999 "
+                            "images, 32 to 4096 pixels, a seed from 0 to 49")
         make_demo(root, train, val, args.size, args.seed)
-    tasks, images = check(locate(root))
+    elif (args.size, args.seed) != (DEMO["size"], 0):
+        raise UserError("--size and --seed are those of a demo to be made: add --make N M, or leave them out "
+                        f"to check {root}")
+    tasks, ids = check(locate(root))
     if tasks:
         path = f"contact_{root.resolve().name}.png"
-        draw_contact(root, images, tasks, path)
+        draw_contact(root, ids, tasks, path)
         print(f"drawn: {path}")
     if len(tasks) == len(TASKS):
         print("a training could start")

@@ -802,7 +802,7 @@ def read_study(path):
 
 
 def groups_of(rows, each):
-    """{title: rows} for a table: runs that differ in nothing but the seed are one row, unless `each` is on."""
+    """{title: rows} for a table: runs that differ in nothing but the seed are one row, but for `each`."""
     groups, titled = {}, {}
     for n, row in enumerate(rows):
         end = row.epochs[-1]["epoch"] if row.epochs else None

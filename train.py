@@ -293,7 +293,7 @@ class Log:
                 file.write(json.dumps(record) + "\n")
 
     def step(self, step, losses, lr, norm):
-        """losses (T,) of this process's images, which add up over processes. Only a record waits for the GPU."""
+        """losses (T,) of this process's images: they add up over processes. Only a record waits for the GPU."""
         self.recent.append(losses)
         if len(self.recent) < LOG_EVERY and (step + 1) % self.steps_per_epoch:
             return
@@ -415,8 +415,8 @@ def pretrain(path, backbone, device):
     classes = len(data.VOC_CLASSES) - 1
     model = ase.ASE(ase.Config(**ase.BACKBONES[backbone], experts=0, tasks={"classes": classes})).to(device)
     classify = torch.nn.Linear(model.config.dim, classes).to(device)
-    # The patch embedding stays random, as in MoCo v3 (Chen et al. 2021): F1 is better, and patches keep detail
-    # that other tasks need. The strong weight decay keeps tokens small, so that adapters can change them.
+    # The patch embedding stays random, as in MoCo v3 (Chen et al. 2021): F1 is better, and patches keep
+    # detail that other tasks need. The strong decay keeps tokens small, so that adapters can change them.
     model.patch_embed.requires_grad_(False)
     vit = [p for name, p in model.named_parameters() if ase.part(name) == "backbone"]
     parameters = [p for p in (*vit, *classify.parameters()) if p.requires_grad]
@@ -543,8 +543,8 @@ def extend(base, args, tasks):
     kept |= {flag: base.settings[flag] for flag in ("backbone", "weights", "size", "mean_std")}
     for flag, value in kept.items():
         if getattr(args, flag) not in (None, value):
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: {base.folder} has {value}, and "
-                            "its model stays as it is: leave the flag out")
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: {base.folder} has {value}, "
+                            "and its model stays as it is: leave the flag out")
     twice = [task for task in tasks if task in base.config.tasks]
     if twice or not tasks:
         rest = [task for task in TASKS if task not in base.config.tasks]
@@ -625,8 +625,8 @@ def main(argv=None):
                          "information are each micro-batch's own (default all)", type=some, metavar="N")
     add("--lr", "highest learning rate", type=number(float, 1e-9), metavar="X")
     add("--seed", "of everything random", type=number(int, 0, 1_000_000_000), metavar="N")
-    add("--conflict", "after each epoch, the angles between the tasks' gradients, for conflicts.png: takes as "
-                      f"long as training on {2 * CONFLICT} images", action="store_true")
+    add("--conflict", "after each epoch, the angles between the tasks' gradients, for conflicts.png: takes "
+                      f"as long as training on {2 * CONFLICT} images", action="store_true")
     add("--device", "cpu, cuda, … (default cuda where there is one)", metavar="NAME")
     add("--compile", "torch.compile the model", action="store_true")
     add("--checkpointing", "recompute each block in the backward pass: less memory, same gradients",
