@@ -1278,11 +1278,13 @@ def draw_study(path, groups):
         c = groups[label][0].config
         masses = [[epoch["shared_mass"] for epoch in row.epochs] for row in groups[label] if row.epochs]
         if c.experts and c.shared and c.gating == "joint" and masses and None not in masses[0]:
-            colour = tuple(data.PALETTE[1 + len(lines)].tolist())
+            colour = tuple(data.PALETTE[1 + len(legend)].tolist())
             xs = [epoch["epoch"] for epoch in groups[label][0].epochs]
-            lines.append((xs, np.mean(masses, 0), colour, 2, ""))
+            neutral = c.shared / (c.shared + c.topk)  # as in `draw_curves`
+            lines += [(xs, len(xs) * [neutral], GREY, 2, ""), (xs, np.mean(masses, 0), colour, 2, "")]
             legend.append((name, colour))
     if lines:
+        legend.append(("all logits equal", GREY))
         epochs, masses = ([x for line in lines for x in line[n]] for n in (0, 1))
         panels.append(plot((330, 260), (min(epochs), max(epochs)), (0, 1.1 * max(masses)),
                            ("gates of the shared experts", "epoch", "sum"), lines,
