@@ -936,7 +936,7 @@ def print_routers(groups):
         for part in parts:
             pairs = [end["conflict"][part] for _, end in ends if part in end["conflict"]]
             shares, means = zip(*pairs) if pairs else ((), ())
-            cells.append(f"{np.mean(shares):.0%}, {np.mean(means):+.2f}" if pairs else "–")
+            cells.append(f"{np.mean(shares):.0%}, {cell(means, '+.2f')}" if pairs else "–")
         table.append([label, *cells])
     print("\nrouters after the last epoch, means over layers and tasks; update/FFN: the experts' update, "
           "divided by the FFN's output")

@@ -2459,7 +2459,7 @@ def test_groups_of_seeds_and_their_differences_are_those_worked_out(tmp_path, ta
     assert "+3.50 ±0.50*" in pairs and "+0.00 ±0.50 " in pairs
     assert sum(bool(re.search(r"\d pairs", line)) for line in told) == 1  # "one" has no pair
     routers = next(line.split() for line in told if "0.400" in line)
-    assert routers == "old ×3 0.400 ±0.00 0.100 ±0.00 0.250 ±0.00 0.500 ±0.00 30%, -0.10".split()
+    assert routers == "old ×3 0.400 ±0.00 0.100 ±0.00 0.250 ±0.00 0.500 ±0.00 30%, -0.10 ±0.00".split()
     each = table(study, "--each")
     assert "new-7" in each and "less" not in each and "baseline: none" in each
     only = table(study, "--only", "new,old")
