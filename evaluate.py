@@ -765,8 +765,9 @@ def identity(settings, without=()):
 
 
 def seeds(settings):
-    """The seed of a run and, where it extends another one, of that."""
-    return settings.get("seed"), settings.get("base") and seeds(settings["base"])
+    """The seed of a run and, where it extends one of another seed, of that: (0,) or (1, 0)."""
+    before = seeds(settings["base"]) if settings.get("base") else ()
+    return tuple(dict.fromkeys([settings.get("seed"), *before]))
 
 
 def key_of(row, without=()):
@@ -963,7 +964,8 @@ def main(argv=None):
     parser.add_argument("paths", nargs="+", metavar="RUN|PHOTO", help="run folders; photos, with one run")
     parser.add_argument("--baseline", nargs="+", metavar="NAME|RUN",
                         help=f"what Δm compares with: {', '.join(BASELINES)}, or runs whose metrics "
-                             "together make one (default: none on a demo, else resnet18)")
+                             "together make one (default: demo on the default demo, resnet18 on "
+                             "PASCAL-Context, else none)")
     parser.add_argument("--data", metavar="DIR",
                         help="the data set (default: the one the run was trained on)")
     parser.add_argument("--device", help="cpu, cuda, … (default: cuda where there is one)")

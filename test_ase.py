@@ -2515,6 +2515,8 @@ def test_rows_that_are_no_pairs_of_seeds_stay_apart(tmp_path, table):
     found = [evaluate.identity({"data": "demo", "weights": weights}) for weights in where]
     assert found[0] == found[1] != found[2]
     told = table(tmp_path / "extended.jsonl")
+    assert [evaluate.seeds({"seed": 2, "base": base}) for base in (None, {"seed": 2}, {"seed": 3})] == [
+        (2,), (2,), (2, 3)]  # a run that extends one of its own seed is a pair of any run of that seed
     five = dict.fromkeys(TASKS, 30.0)
     study_of(tmp_path / "five.jsonl", *(("x-%d" % s, s, {"rank": 3}, five, []) for s in range(2)),
              *(("y-%d" % s, s, {"rank": 5}, five | {"edge": 31.5}, []) for s in range(2)))
