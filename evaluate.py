@@ -828,7 +828,7 @@ def cell(values, form, error=False):
     if len(values) == 1:
         return format(values[0], form)
     deviation = np.std(values, ddof=1) / (math.sqrt(len(values)) if error else 1)
-    return f"{np.mean(values):{form}} ±{deviation:.2f}"
+    return f"{np.mean(values):{form}} ±{format(deviation, form.lstrip('+'))}"
 
 
 def print_rows(rows):
@@ -850,25 +850,26 @@ def parameters(row):
     return total / 1e6, trained / 1e6
 
 
-def difference(group, first):
-    """A group of runs less another one, run by run of one seed: the number of pairs, then for each task and
-    for Δm their mean difference ± its standard error, * beyond two of them. Fewer than two pairs: None."""
-    first = {seeds(row.settings): row.result for row in first}
-    pairs = [(row.result, first[seeds(row.settings)]) for row in group if seeds(row.settings) in first]
+def difference(group, first, columns, numbers, form):
+    """A group of runs less another one, run by run of one seed: the number of pairs, then for each column the
+    mean difference ± its standard error, * beyond two of them. Fewer than two pairs: None.
+
+    numbers: Row → {column: number}. Δm is compared where both have the same tasks.
+    """
+    first = {seeds(row.settings): numbers(row) for row in first}
+    pairs = [(numbers(row), first[seeds(row.settings)]) for row in group if seeds(row.settings) in first]
     if len(pairs) < 2:
         return None
     cells = [f"{len(pairs)} pairs"]
-    for task in [*TASKS, "Δm"]:
-        gains = []
-        for pair in pairs:
-            a, b = (result["metrics"].get(task) if task in TASKS else result["delta_m"] for result in pair)
-            same_tasks = pair[0]["metrics"].keys() == pair[1]["metrics"].keys()
-            gains.append(None if None in (a, b) or task == "Δm" and not same_tasks else a - b)
-        text = cell(gains, "+.2f", error=True)
+    for column in columns:
+        gaps = [None in (a.get(column), b.get(column)) or column == "Δm" and a.keys() != b.keys()
+                for a, b in pairs]
+        gains = [None if gap else a[column] - b[column] for gap, (a, b) in zip(gaps, pairs)]
+        text = cell(gains, form, error=True)
         if text != "–" and abs(np.mean(gains)) > 2 * np.std(gains, ddof=1) / math.sqrt(len(gains)):
             text += "*"
         cells.append(text)
-    return cells
+    return cells if {*cells[1:]} != {"–"} else None
 
 
 def print_table(groups, name, baseline):
@@ -888,8 +889,10 @@ def print_table(groups, name, baseline):
         gains = cell([row.result["delta_m"] for row in group], "+.2f", error=True)
         add(label, numbers, {task: [row.result["metrics"][task] for row in group] for task in c.tasks},
             gains, *(f"{number:.2f}" for number in parameters(group[0])))
-        cells = difference(group, groups[first]) if label != first else None
-        if cells and {*cells[1:]} != {"–"}:
+        cells = label != first and difference(
+            group, groups[first], [*TASKS, "Δm"],
+            lambda row: row.result["metrics"] | {"Δm": row.result["delta_m"]}, "+.2f")
+        if cells:
             table.append([f"  less {first}", *cells, "", ""])
         for result in (row.result for row in group):
             told = [f"{result['images']} images at native size, {result['data']}"]
@@ -920,30 +923,39 @@ def print_table(groups, name, baseline):
     print(f"baseline: {name}")
 
 
-def print_routers(groups):
-    """What the routers did, in groups that have them: means over runs, layers and tasks."""
-    groups = {label: group for label, group in groups.items() if group[0].epochs and
-              (group[0].config.experts or group[0].epochs[-1]["conflict"])}
-    if not groups:
-        return
-    parts = list(dict.fromkeys(part for group in groups.values() for row in group for epoch in row.epochs
-                               for part in epoch["conflict"]))
-    table = [["", "mass, epoch 1", "shared mass", "MI, nats", "update/FFN", *parts]]
+def print_numbers(groups, numbers, heading):
+    """A table of other numbers, `numbers(row)` → {column: number}, of the groups that have any."""
+    groups = {label: group for label, group in groups.items() if any(map(numbers, group))}
+    columns = list(dict.fromkeys(name for group in groups.values() for row in group for name in numbers(row)))
+    table = [["", "", *columns]]
     for label, group in groups.items():
-        ends = [(row.epochs[0], row.epochs[-1]) for row in group if row.epochs]
-        cells = [cell([first["shared_mass"] for first, _ in ends], ".3f")]
-        for name in ("shared_mass", "information", "scale"):
-            cells.append(cell([end[name] for _, end in ends], ".3f"))
-        for part in parts:
-            pairs = [end["conflict"][part] for _, end in ends if part in end["conflict"]]
-            shares, means = zip(*pairs) if pairs else ((), ())
-            cells.append(f"{np.mean(shares):.0%}, {cell(means, '+.2f')}" if pairs else "–")
-        table.append([label, *cells])
-    print("\nrouters after the last epoch, means over layers and tasks; update/FFN: the experts' update, "
-          "divided by the FFN's output")
-    if parts:
-        print("LoRA, experts: pairs of tasks whose gradients oppose, mean cosine")
-    print_rows(table)
+        found = [numbers(row) for row in group if numbers(row)]
+        table.append([label, "", *(cell([x.get(name) for x in found], ".3f") for name in columns)])
+        first = next(iter(groups))
+        cells = label != first and difference(group, groups[first], columns, numbers, "+.3f")
+        if cells:
+            table.append([f"  less {first}", *cells])
+    if groups:
+        print(f"\nafter the last epoch: {heading}")
+        print_rows(table)
+
+
+def routing(row):
+    """What the routers of a run did at its end, for `print_numbers`."""
+    if not row.epochs or row.epochs[-1]["shared_mass"] is None:
+        return {}
+    first, last = row.epochs[0], row.epochs[-1]
+    return {"mass, epoch 1": first["shared_mass"], "mass": last["shared_mass"],
+            "MI, nats": last["information"], "update/FFN": last["scale"]}
+
+
+def conflicts(row):
+    """How the tasks' gradients agreed at the end of a run, for `print_numbers`."""
+    found = {}
+    for part, (share, mean) in row.epochs[-1]["conflict"].items() if row.epochs else ():
+        part = part.removesuffix(" experts")
+        found |= {f"{part} < 0": share, f"{part}, mean": mean}
+    return found
 
 
 def select_ids(ids, path):
@@ -1047,7 +1059,10 @@ def run(args):
     if record:
         write_study(record, [*rows.values()])
     for study in ([record] if record else studies)[:1]:
-        print_routers(groups)
+        print_numbers(groups, routing, "gates of the shared experts (mass), mutual information, the experts' "
+                      "update divided\nby the FFN's output; means over layers and tasks")
+        print_numbers(groups, conflicts, "cosines of the tasks' gradients, for each pair of tasks: the share "
+                      "below 0, the mean")
         draw_study(study.with_suffix(".png"), groups)
         print(f"drawn: {study.with_suffix('.png')}")
     if runs:

@@ -2436,13 +2436,15 @@ def study_of(path, *rows, bases=None):
 
 
 def test_groups_of_seeds_and_their_differences_are_those_worked_out(tmp_path, table, fails):
-    epochs = [{"epoch": n, "shared_mass": mass, "information": 0.25, "scale": 0.5,
-               "conflict": {"LoRA": (0.3, -0.1)}} for n, mass in ((1, 0.4), (2, 0.2), (3, 0.1))]
+    def epochs(end):
+        return [{"epoch": n, "shared_mass": mass, "information": 0.25, "scale": 0.5,
+                 "conflict": {"LoRA": (0.3, -end)}} for n, mass in ((1, 0.4), (2, 0.2), (3, end))]
+
     study = tmp_path / "study.jsonl"
-    study_of(study, *(("old-%d" % s, s, {}, {"sal": sal, "normals": 20.0}, epochs)
+    study_of(study, *(("old-%d" % s, s, {}, {"sal": sal, "normals": 20.0}, epochs(0.1))
                       for s, sal in enumerate((10, 12, 17))),
-             *(("new-%d" % s, s, {"rank": 3}, {"sal": sal, "normals": normals}, [])
-               for s, sal, normals in ((2, 21.0, 20.5), (0, 13.0, 19.5), (7, 99.0, 1.0))),
+             *(("new-%d" % s, s, {"rank": 3}, {"sal": sal, "normals": normals}, epochs(end))
+               for s, sal, normals, end in ((2, 21.0, 20.5, 0.36), (0, 13.0, 19.5, 0.2), (7, 99.0, 1, 1.0))),
              ("one", 0, {"rank": 5}, {"sal": 30.0, "normals": 20.0}, []))
     told = table(study, "--baseline", "resnet18").splitlines()
     row = {}
@@ -2457,9 +2459,13 @@ def test_groups_of_seeds_and_their_differences_are_those_worked_out(tmp_path, ta
     pairs = next(line for line in told if "2 pairs" in line)
     assert pairs.startswith("  less old ×3") and told[told.index(pairs) - 1].startswith("new ×3")
     assert "+3.50 ±0.50*" in pairs and "+0.00 ±0.50 " in pairs
-    assert sum(bool(re.search(r"\d pairs", line)) for line in told) == 1  # "one" has no pair
-    routers = next(line.split() for line in told if "0.400" in line)
-    assert routers == "old ×3 0.400 ±0.00 0.100 ±0.00 0.250 ±0.00 0.500 ±0.00 30%, -0.10 ±0.00".split()
+    assert sum(bool(re.search(r"\d pairs", line)) for line in told) == 3  # "one" has no pair
+    at = next(n for n, line in enumerate(told) if "0.400" in line)
+    old, _, less = (line.split() for line in told[at:at + 3])
+    assert old == "old ×3 0.400 ±0.000 0.100 ±0.000 0.250 ±0.000 0.500 ±0.000".split()
+    zero = ["+0.000", "±0.000"]  # of the mass at the end: 0.2 − 0.1 and 0.36 − 0.1
+    assert less == ["less", "old", "×3", "2", "pairs", *zero, "+0.180", "±0.080*", *zero, *zero]
+    assert any(line.split() == "old ×3 0.300 ±0.000 -0.100 ±0.000".split() for line in told)
     each = table(study, "--each")
     assert "new-7" in each and "less" not in each and "baseline: none" in each
     only = table(study, "--only", "new,old")

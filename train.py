@@ -293,7 +293,7 @@ class Log:
                 file.write(json.dumps(record) + "\n")
 
     def step(self, step, losses, lr, norm):
-        """losses (T,) of this process's images: they add up over processes. Only a record waits for the GPU."""
+        """losses (T,) of this process, which add up over processes. Only a record waits for the GPU."""
         self.recent.append(losses)
         if len(self.recent) < LOG_EVERY and (step + 1) % self.steps_per_epoch:
             return
