@@ -110,8 +110,8 @@ def gate(logits, shared, topk, gating):
     """Gates of all experts from the router's logits: the paper's contribution is the branch "joint".
 
     logits (..., N), the first `shared` columns belong to the shared experts. Returns gates of the same shape,
-    zero for experts that are not selected; exactly `topk` sparse experts are, also when logits tie. Never
-    below float32.
+    zero for experts that are not selected; exactly `topk` sparse experts are, even where logits tie. Computed
+    in float32 or higher.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     sparse = logits[..., shared:]
@@ -352,7 +352,8 @@ class ASE(nn.Module):
         rows = []
         for block in self.blocks:
             x, row = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
-            rows += [row] if row else []
+            if row is not None:
+                rows.append(row)
         none = x.new_zeros(0, len(self.heads), 0)
         routing = Routing(*map(torch.stack, zip(*rows))) if rows else Routing(none, none, none)
         return self.norm(x), routing

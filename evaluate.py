@@ -736,6 +736,11 @@ class Row(NamedTuple):
     def config(self):
         return with_tasks(ase.Config(**self.settings["model"]), ",".join(self.result["metrics"]))
 
+    @property
+    def trained(self):
+        """For how many epochs."""
+        return self.epochs[-1]["epoch"] if self.epochs else 0
+
 
 def routers_of(folder):
     """What the routers of a run did, an entry for each epoch: means over its layers and tasks."""
@@ -771,8 +776,9 @@ def seeds(settings):
 
 
 def key_of(row, without=()):
-    """A text that two rows share if they are one run, or differ in the flags `without` alone."""
-    facts = identity(row.settings, without), row.result["file"], Path(row.result["data"]).name
+    """A text that two rows share if their runs have the same flags, but for `without`, and were judged by the
+    same protocol. Of a run that was extended its flags count, not its name."""
+    facts = identity(row.settings, (*without, "extend")), row.result["file"], Path(row.result["data"]).name
     return json.dumps(facts, sort_keys=True)
 
 
@@ -793,7 +799,8 @@ def read_study(path):
     try:
         rows = [Row(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
         for row in rows:
-            key_of(row), row.config, [row.result[name] for name in ("constant", "images", "classes")]
+            key_of(row), row.config, routing(row), conflicts(row)
+            [row.result[name] for name in ("constant", "images", "classes", "default_baseline")]
         if not rows:
             raise ValueError("it is empty")
         return rows
@@ -803,22 +810,26 @@ def read_study(path):
 
 
 def groups_of(rows, each):
-    """{title: rows} for a table: runs that differ in nothing but the seed are one row, but for `each`."""
-    groups, titled = {}, {}
+    """{name: rows} for a table: runs that differ in nothing but the seed are one row, but for `each`."""
+    groups, named = {}, {}
     for n, row in enumerate(rows):
-        end = row.epochs[-1]["epoch"] if row.epochs else None
-        groups.setdefault(n if each else (key_of(row, ("seed", "extend")), end), []).append(row)
+        groups.setdefault(n if each else (key_of(row, ["seed"]), row.trained), []).append(row)
     for group in groups.values():
-        labels = (f"{title(group)} ({n})" if n > 1 else title(group) for n in itertools.count(1))
-        titled[next(label for label in labels if label not in titled)] = group
-    return titled
+        name = group[0].run
+        if len(group) > 1:  # "ase" of runs/ase-0 and runs/ase-1
+            name = re.sub(r"[-_.]?[0-9]+$", "", Path(name).name) or name
+        names = (f"{name} ({n})" if n > 1 else name for n in itertools.count(1))
+        named[next(name for name in names if name not in named)] = group
+    return named
 
 
-def title(group):
-    """The name of the runs without its number, and how many they are: "ase ×2" of ase-0 and ase-1."""
-    if len(group) == 1:
-        return group[0].run
-    return f"{re.sub(r'[-_.]?[0-9]+$', '', Path(group[0].run).name) or group[0].run} ×{len(group)}"
+def title(name, group):
+    return f"{name} ×{len(group)}" if len(group) > 1 else name
+
+
+def standard_error(values):
+    """Of the mean of independent values: their standard deviation / √n."""
+    return np.std(values, ddof=1) / math.sqrt(len(values))
 
 
 def cell(values, form, error=False):
@@ -827,7 +838,7 @@ def cell(values, form, error=False):
         return "–"
     if len(values) == 1:
         return format(values[0], form)
-    deviation = np.std(values, ddof=1) / (math.sqrt(len(values)) if error else 1)
+    deviation = standard_error(values) if error else np.std(values, ddof=1)
     return f"{np.mean(values):{form}} ±{format(deviation, form.lstrip('+'))}"
 
 
@@ -852,44 +863,56 @@ def parameters(row):
 
 def difference(group, first, columns, numbers, form):
     """A group of runs less another one, run by run of one seed: the number of pairs, then for each column the
-    mean difference ± its standard error, * beyond two of them. Fewer than two pairs: None.
+    mean difference ± its standard error, * beyond two of them. None where there are no two pairs.
 
-    numbers: Row → {column: number}. Δm is compared where both have the same tasks.
+    numbers: Row → {column: number}. A pair was judged on the same images by the same protocol; what is no
+    task's number is compared where both have the same tasks.
     """
-    first = {seeds(row.settings): numbers(row) for row in first}
-    pairs = [(numbers(row), first[seeds(row.settings)]) for row in group if seeds(row.settings) in first]
+    def judged(row):
+        tasks = "-tasks-" + "-".join(row.config.tasks)
+        return row.result["file"].replace(tasks, ""), Path(row.result["data"]).name, row.result["images"]
+
+    first = {(seeds(row.settings), judged(row)): row for row in first}
+    pairs = [(row, first.get((seeds(row.settings), judged(row)))) for row in group]
+    pairs = [pair for pair in pairs if pair[1]]
     if len(pairs) < 2:
         return None
     cells = [f"{len(pairs)} pairs"]
     for column in columns:
-        gaps = [None in (a.get(column), b.get(column)) or column == "Δm" and a.keys() != b.keys()
-                for a, b in pairs]
-        gains = [None if gap else a[column] - b[column] for gap, (a, b) in zip(gaps, pairs)]
+        gains = []
+        for row, other in pairs:
+            a, b = numbers(row).get(column), numbers(other).get(column)
+            gap = None in (a, b) or column not in TASKS and row.config.tasks != other.config.tasks
+            gains.append(None if gap else a - b)
         text = cell(gains, form, error=True)
-        if text != "–" and abs(np.mean(gains)) > 2 * np.std(gains, ddof=1) / math.sqrt(len(gains)):
+        if text != "–" and len(gains) > 2 and abs(np.mean(gains)) > 2 * standard_error(gains):
             text += "*"
         cells.append(text)
     return cells if {*cells[1:]} != {"–"} else None
 
 
-def print_table(groups, name, baseline):
-    """A row for each group of runs, below it its difference to the first; then what is to be told of them."""
-    first, several = next(iter(groups)), any(len(group) > 1 for group in groups.values())
+def print_table(groups, baseline, values):
+    """A row for each group of runs, below it its difference to the first; then what is to be told of them.
+
+    baseline: its name, or why there is none; values: {task: value} of it.
+    """
+    first = next(iter(groups))
     heads = [f"{task.title} {'↓' if task.lower_is_better else '↑'}" for task in TASKS.values()]
     table = [["", "", *TASKS, "", "", ""], ["run", "(N/k/S/r)", *heads, "Δm %", "params M", "trained"]]
-    notes = collections.defaultdict(list)  # what is to be told → the rows it is told of
+    notes = collections.defaultdict(list)  # what is to be told → the groups it is told of
 
     def add(label, numbers, metrics, *rest):
         cells = (cell(metrics.get(task), ".2f") for task in TASKS)
         table.append([label, numbers, *cells, *rest, *[""] * (3 - len(rest))])
 
-    for label, group in groups.items():
+    for name, group in groups.items():
         c = group[0].config
         numbers = f"{c.experts}/{c.topk}/{c.shared}/{c.rank}" if c.experts else "no experts"
         gains = cell([row.result["delta_m"] for row in group], "+.2f", error=True)
-        add(label, numbers, {task: [row.result["metrics"][task] for row in group] for task in c.tasks},
+        add(title(name, group), numbers,
+            {task: [row.result["metrics"][task] for row in group] for task in c.tasks},
             gains, *(f"{number:.2f}" for number in parameters(group[0])))
-        cells = label != first and difference(
+        cells = name != first and difference(
             group, groups[first], [*TASKS, "Δm"],
             lambda row: row.result["metrics"] | {"Δm": row.result["delta_m"]}, "+.2f")
         if cells:
@@ -902,10 +925,10 @@ def print_table(groups, name, baseline):
                      for task, value in result["metrics"].items() if value is None]
             default = "" if result["file"] == "metrics.json" else ", which is not the full default protocol"
             for note in [*told, f"kept in {result['file']}{default}"]:
-                notes[note] += [label] * (label not in notes[note])
-    if baseline:
-        label = f"baseline {name}" if name in BASELINES else "baseline"
-        add(label, "", {task: [value] for task, value in baseline.items()})
+                notes[note] += [name] * (name not in notes[note])
+    if values:
+        label = f"baseline {baseline}" if baseline in BASELINES else "baseline"
+        add(label, "", {task: [value] for task, value in values.items()})
     constant = collections.defaultdict(set)
     for row in itertools.chain(*groups.values()):
         for task, value in row.result["constant"].items():
@@ -914,29 +937,30 @@ def print_table(groups, name, baseline):
     print()
     print_rows(table)
     print()
-    if several:
+    if any(len(group) > 1 for group in groups.values()):
         print("metrics: mean ± standard deviation of the runs; Δm: mean ± standard error")
     if any(cells[0].startswith("  less ") for cells in table):
-        print("less: pairs of one seed, mean difference ± standard error, * beyond two of them")
-    for note, labels in notes.items():
-        print(note + (f" ({', '.join(labels)})" if len(labels) < len(groups) else ""))
-    print(f"baseline: {name}")
+        print("less: mean difference of pairs of one seed ± standard error; *: beyond two of them, 3 pairs")
+    for note, named in notes.items():
+        print(note + (f" ({', '.join(named)})" if len(named) < len(groups) else ""))
+    print(f"baseline: {baseline}")
 
 
 def print_numbers(groups, numbers, heading):
-    """A table of other numbers, `numbers(row)` → {column: number}, of the groups that have any."""
-    groups = {label: group for label, group in groups.items() if any(map(numbers, group))}
+    """A table of other numbers, `numbers(row)` → {column: number}, of the runs that have any."""
+    groups = {name: [row for row in group if numbers(row)] for name, group in groups.items()}
+    groups = {name: group for name, group in groups.items() if group}
     columns = list(dict.fromkeys(name for group in groups.values() for row in group for name in numbers(row)))
     table = [["", "", *columns]]
-    for label, group in groups.items():
-        found = [numbers(row) for row in group if numbers(row)]
-        table.append([label, "", *(cell([x.get(name) for x in found], ".3f") for name in columns)])
+    for name, group in groups.items():
+        cells = (cell([numbers(row).get(column) for row in group], ".3f") for column in columns)
+        table.append([title(name, group), "", *cells])
         first = next(iter(groups))
-        cells = label != first and difference(group, groups[first], columns, numbers, "+.3f")
+        cells = name != first and difference(group, groups[first], columns, numbers, "+.3f")
         if cells:
             table.append([f"  less {first}", *cells])
     if groups:
-        print(f"\nafter the last epoch: {heading}")
+        print(f"\n{heading}\n± as for metrics above")
         print_rows(table)
 
 
@@ -945,8 +969,10 @@ def routing(row):
     if not row.epochs or row.epochs[-1]["shared_mass"] is None:
         return {}
     first, last = row.epochs[0], row.epochs[-1]
-    return {"mass, epoch 1": first["shared_mass"], "mass": last["shared_mass"],
-            "MI, nats": last["information"], "update/FFN": last["scale"]}
+    masses = first["shared_mass"], last["shared_mass"], last["shared_mass"] - first["shared_mass"]
+    columns = f"mass, epoch {first['epoch']}", "mass", "change"
+    found = dict(zip(columns, masses if row.config.shared else 3 * [None]))
+    return found | {"MI, nats": last["information"], "update/FFN": last["scale"]}
 
 
 def conflicts(row):
@@ -992,7 +1018,8 @@ def main(argv=None):
                         help="a row for each run, also for those that differ in nothing but the seed")
     parser.add_argument("--only", metavar="A,B", help="these rows alone; differences are to the first")
     parser.add_argument("--record", metavar="FILE.jsonl",
-                        help="keep all rows as a study, which is named like a run the next time")
+                        help="keep all rows as a study, which is named like a run the next "
+                             "time, and drawn as NAME.png here")
     parser.add_argument("--quick", action="store_true", help="judge at most 50 images, spread over the split")
     return data.command(parser, run, argv)
 
@@ -1030,41 +1057,48 @@ def run(args):
     if record:
         if record.suffix != ".jsonl" or not record.parent.is_dir():
             raise UserError(f"--record {record}: expected a name in a folder that is there, ending in .jsonl")
-        studies = [record] * record.exists() + studies  # what it holds stays
+        studies = [record] * record.exists() + studies
     rows = {key_of(row): row for path in studies for row in read_study(path)}
     named = named_baseline(args, device)
     for run in runs:
         row = Row(str(run.folder), run.settings, evaluate_run(run, args, device), routers_of(run.folder))
-        if key_of(row) in rows and rows[key_of(row)].run in map(str, folders):
-            print(f"{run.folder} has the flags of {rows[key_of(row)].run}: it is counted once")
+        same = rows.get(key_of(row))
+        if same and same.trained > row.trained:
+            print(f"{row.run} is left out: {same.run} has its flags, and has trained for more epochs")
+            continue
+        told = [(Path(r.run).name, r.result["metrics"]) for r in (same, row) if r]
+        if same and told[0] != told[1]:
+            print(f"{row.run} takes the place of {same.run}, which has its flags: they are one run here")
         rows[key_of(row)] = row
-    name, baseline = named or common_baseline([row.result for row in rows.values()])
-    for row in rows.values():
-        result = row.result
-        before = dict(result)
-        result["baseline"], result["delta_m"] = (name if baseline else None), None
-        if baseline and None not in result["metrics"].values():
-            result["delta_m"] = delta_m(result["metrics"], baseline)
-        if result != before and "key" in result:  # a run's own file, not a line of a study
-            data.write_json(Path(row.run) / result["file"], result)
     groups = groups_of([*rows.values()], args.each)
     if args.only:
-        named = {label.rpartition(" ×")[0] or label: label for label in groups}
-        unknown = [label for label in args.only.split(",") if label not in named]
+        only = args.only.split(",")
+        unknown = [name for name in only if name not in groups]
         if unknown:
             raise UserError(f"--only {args.only}: there is no row {unknown[0]!r}; expected some of "
-                            f"{', '.join(named)}")
-        groups = {named[label]: groups[named[label]] for label in args.only.split(",")}
-    print_table(groups, name, baseline)
+                            f"{', '.join(groups)}")
+        groups = {name: groups[name] for name in only}
+    shown = [*itertools.chain(*groups.values())]
+    baseline, values = named or common_baseline([row.result for row in shown])
+    for row in shown:
+        result = row.result
+        before = dict(result)
+        result["baseline"], result["delta_m"] = (baseline if values else None), None
+        if values and None not in result["metrics"].values():
+            result["delta_m"] = delta_m(result["metrics"], values)
+        if result != before and "key" in result:  # a run's own file, not a line of a study
+            data.write_json(Path(row.run) / result["file"], result)
+    print_table(groups, baseline, values)
     if record:
         write_study(record, [*rows.values()])
     for study in ([record] if record else studies)[:1]:
-        print_numbers(groups, routing, "gates of the shared experts (mass), mutual information, the experts' "
-                      "update divided\nby the FFN's output; means over layers and tasks")
-        print_numbers(groups, conflicts, "cosines of the tasks' gradients, for each pair of tasks: the share "
-                      "below 0, the mean")
-        draw_study(study.with_suffix(".png"), groups)
-        print(f"drawn: {study.with_suffix('.png')}")
+        print_numbers(groups, routing, "after the last epoch: gates of the shared experts (mass), mutual "
+                      "information, the experts' update divided\nby the FFN's output; means over layers and "
+                      "tasks")
+        print_numbers(groups, conflicts, "after the last epoch: cosines of the gradients of each pair of "
+                      "tasks, the share below 0 and the mean")
+        draw_study(f"{study.stem}.png", groups)
+        print(f"drawn: {study.stem}.png")
     if runs:
         pictures = sorted(p.name for p in runs[0].folder.glob("*.png"))
         print(f"pictures in {runs[0].folder}: {', '.join(pictures)}")
@@ -1274,8 +1308,7 @@ def draw_edges(path, counts, thresholds):
 
 def draw_study(path, groups):
     """Draw Δm of each group of runs, mean ± standard error, and their shared experts' gates over epochs."""
-    names = {label: label.rpartition(" ×")[0] or label for label in groups}
-    gains = {name: [row.result["delta_m"] for row in groups[label]] for label, name in names.items()}
+    gains = {name: [row.result["delta_m"] for row in group] for name, group in groups.items()}
     gains = {name: values for name, values in gains.items() if None not in values}
     panels, legend = [], []
     if gains:
@@ -1284,21 +1317,22 @@ def draw_study(path, groups):
             ticks[y], mean = f"{name} ({len(values)})", np.mean(values)
             series.append(((0, mean), (y, y), PALE, 9, ""))
             if len(values) > 1:
-                error = np.std(values, ddof=1) / math.sqrt(len(values))
+                error = standard_error(values)
                 series.append(((mean - error, mean + error), (y, y), BLUE, 2, ""))
         ends = [x for xs, *_ in series for x in xs]
         panels.append(plot((330, 26 * len(gains)), (min(ends), max(ends)), (0.4, len(gains) + 0.6),
                            ("gain over the baseline (runs): mean ± standard error", "%", ""),
                            series, yticks=ticks))
     lines = []
-    for label, name in names.items():
-        c = groups[label][0].config
-        masses = [[epoch["shared_mass"] for epoch in row.epochs] for row in groups[label] if row.epochs]
-        if c.experts and c.shared and c.gating == "joint" and masses and None not in masses[0]:
+    for name, group in groups.items():
+        c, epochs = group[0].config, [epoch["epoch"] for epoch in group[0].epochs]
+        masses = [[epoch["shared_mass"] for epoch in row.epochs] for row in group
+                  if [epoch["epoch"] for epoch in row.epochs] == epochs]  # no record is lacking
+        if c.experts and c.shared and c.gating == "joint" and epochs and None not in itertools.chain(*masses):
             colour = tuple(data.PALETTE[1 + len(legend)].tolist())
-            xs = [epoch["epoch"] for epoch in groups[label][0].epochs]
             neutral = c.shared / (c.shared + c.topk)  # as in `draw_curves`
-            lines += [(xs, len(xs) * [neutral], GREY, 2, ""), (xs, np.mean(masses, 0), colour, 2, "")]
+            lines += [(epochs, len(epochs) * [neutral], GREY, 2, ""),
+                      (epochs, np.mean(masses, 0), colour, 2, "")]
             legend.append((name, colour))
     if lines:
         legend.append(("all logits equal", GREY))
@@ -1335,13 +1369,13 @@ def draw_run(run, result, model, dataset, device):
     try:
         epochs = [(r["epoch"], r["gates"]) for r in records if r["kind"] == "epoch"]
         draw_experts(run.folder / "experts.png", epochs, run.settings["tasks"].split(","), config.shared)
-        cosines = [(r["epoch"], r["conflict"]) for r in records if r.get("conflict")]
-        draw_conflicts(run.folder / "conflicts.png", cosines, run.settings["tasks"].split(","))
         joint = config.experts and config.gating == "joint"
         draw_curves(run.folder / "curves.png", records, config.shared if joint else 0, config.topk)
+        cosines = [(r["epoch"], r["conflict"]) for r in records if r.get("conflict")]
+        draw_conflicts(run.folder / "conflicts.png", cosines, run.settings["tasks"].split(","))
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         print(f"{run.folder}/log.jsonl is not as train.py writes it ({type(error).__name__}: {error}): "
-              "experts.png, conflicts.png or curves.png is left out")
+              "experts.png, curves.png or conflicts.png is left out")
 
 
 def draw_photo(run, path, model, device):

@@ -1887,13 +1887,14 @@ def fails(capsys):
 
 
 @pytest.fixture
-def table(capsys, monkeypatch):
-    """What evaluate.py prints. Its workers are threads here, which start at once."""
+def table(capsys, monkeypatch, tmp_path):
+    """What evaluate.py prints, in a folder of its own. Its workers are threads here, which start at once."""
     def run(*argv):
         capsys.readouterr()
         evaluate.main([*map(str, argv), "--device", "cpu"])
         return capsys.readouterr().out
 
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "workers", lambda: ThreadPoolExecutor(2))
     return run
 
@@ -2043,8 +2044,9 @@ def test_a_divided_batch_means_the_same_as_a_whole_one(mini, tmp_path):
             for out in ("whole", "micro-batches", "processes")}
     train.main(argv["whole"])
     train.main([*argv["micro-batches"], "--micro-batch", "3"])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", ROOT / "train.py"]
-    subprocess.run([*launch, *argv["processes"]], check=True, stdout=subprocess.DEVNULL,
+    # --standalone: at a free port
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run([*launch, ROOT / "train.py", *argv["processes"]], check=True, stdout=subprocess.DEVNULL,
                    env=dict(os.environ, OMP_NUM_THREADS="1"))
     for out in argv:
         records, weights = evaluate.read_log(tmp_path / out), weights_of(tmp_path / out)
@@ -2424,7 +2426,7 @@ def test_evaluating_draws_remembers_and_tells(finished, table):
 
 def study_of(path, *rows, bases=None):
     """A study made by hand: (name, seed, flags that differ, metrics, epochs) a row, and what each extends."""
-    settings = {"data": "demo", "weights": "w.pt", "extend": None, "seed": 0}
+    settings = {"data": "demo", "weights": "w.pt", "mean_std": "imagenet", "extend": None, "seed": 0}
     made = []
     for (name, seed, change, metrics, epochs), base in zip(rows, bases or [None] * len(rows)):
         config = small(tasks={task: TASKS[task].channels for task in metrics}, **change)
@@ -2443,8 +2445,9 @@ def test_groups_of_seeds_and_their_differences_are_those_worked_out(tmp_path, ta
     study = tmp_path / "study.jsonl"
     study_of(study, *(("old-%d" % s, s, {}, {"sal": sal, "normals": 20.0}, epochs(0.1))
                       for s, sal in enumerate((10, 12, 17))),
-             *(("new-%d" % s, s, {"rank": 3}, {"sal": sal, "normals": normals}, epochs(end))
-               for s, sal, normals, end in ((2, 21.0, 20.5, 0.36), (0, 13.0, 19.5, 0.2), (7, 99.0, 1, 1.0))),
+             *(("new-%d" % s, s, {"rank": 3}, {"sal": sal, "normals": normals}, epochs(end)[::1 + s // 7])
+               for s, sal, normals, end in
+               ((2, 21.0, 20.5, 0.36), (0, 13.0, 19.5, 0.2), (7, 99.0, 1, 1.0), (1, 17.0, 20.0, 0.28))),
              ("one", 0, {"rank": 5}, {"sal": 30.0, "normals": 20.0}, []))
     told = table(study, "--baseline", "resnet18").splitlines()
     row = {}
@@ -2455,25 +2458,28 @@ def test_groups_of_seeds_and_their_differences_are_those_worked_out(tmp_path, ta
     # Δm of a run: 50 · ((sal − 63.2) / 63.2 − (normals − 15.4) / 15.4); that of the group is their mean
     gains = [50 * ((sal - 63.2) / 63.2 - 4.6 / 15.4) for sal in (10, 12, 17)]
     assert row["old ×3"][5:7] == [f"{sum(gains) / 3:+.2f}", f"±{np.std(gains, ddof=1) / math.sqrt(3):.2f}"]
-    # seeds 0 and 2 alone: 13 − 10 = 3 and 21 − 17 = 4, so 3.5 ± 0.5; normals −0.5 and 0.5
-    pairs = next(line for line in told if "2 pairs" in line)
-    assert pairs.startswith("  less old ×3") and told[told.index(pairs) - 1].startswith("new ×3")
-    assert "+3.50 ±0.50*" in pairs and "+0.00 ±0.50 " in pairs
-    assert sum(bool(re.search(r"\d pairs", line)) for line in told) == 3  # "one" has no pair
+    # seeds 0, 1, 2 alone: 13 − 10 = 3, 17 − 12 = 5, 21 − 17 = 4, so 4 ± 1/√3; normals −0.5, 0, 0.5
+    pairs = next(line for line in told if "3 pairs" in line)
+    assert pairs.startswith("  less old ") and told[told.index(pairs) - 1].startswith("new ×4")
+    assert "+4.00 ±0.58*" in pairs and "+0.00 ±0.29 " in pairs
+    assert sum(bool(re.search(r"\d pairs ", line)) for line in told) == 3  # "one" has no pair
     at = next(n for n, line in enumerate(told) if "0.400" in line)
     old, _, less = (line.split() for line in told[at:at + 3])
-    assert old == "old ×3 0.400 ±0.000 0.100 ±0.000 0.250 ±0.000 0.500 ±0.000".split()
-    zero = ["+0.000", "±0.000"]  # of the mass at the end: 0.2 − 0.1 and 0.36 − 0.1
-    assert less == ["less", "old", "×3", "2", "pairs", *zero, "+0.180", "±0.080*", *zero, *zero]
+    assert old == "old ×3 0.400 ±0.000 0.100 ±0.000 -0.300 ±0.000 0.250 ±0.000 0.500 ±0.000".split()
+    zero = ["+0.000", "±0.000"]  # of the mass at the end: 0.2 − 0.1, 0.28 − 0.1 and 0.36 − 0.1
+    gain = ["+0.180", "±0.046*"]
+    assert less == ["less", "old", "3", "pairs", *zero, *gain, *gain, *zero, *zero]
     assert any(line.split() == "old ×3 0.300 ±0.000 -0.100 ±0.000".split() for line in told)
     each = table(study, "--each")
     assert "new-7" in each and "less" not in each and "baseline: none" in each
     only = table(study, "--only", "new,old")
-    assert "  less new ×3 " in only and "\none " not in only and "'no'" in fails(
+    assert "  less new " in only and "\none " not in only and "'no'" in fails(
         evaluate.main, study, "--only", "no")
     table(study, "--baseline", "resnet18")
     assert drawn(tmp_path / "study.png")
-    for text in ('{"kind": "step"}\n', "", "[]", '{"run": "a", "settings": {}}'):
+    good = study.read_text().splitlines()[0]
+    for text in ('{"kind": "step"}\n', "", "[]", '{"run": "a", "settings": {}}',
+                 good.replace("default_baseline", "x"), good.replace("conflict", "x")):
         (tmp_path / "x.jsonl").write_text(text)
         assert "no study" in fails(evaluate.main, tmp_path / "x.jsonl")
         assert "no study" in fails(evaluate.main, study, "--record", tmp_path / "x.jsonl")
@@ -2509,7 +2515,7 @@ def test_rows_that_are_no_pairs_of_seeds_stay_apart(tmp_path, table):
     rows += [(f"one-{s}", s, {"topk": 1}, metrics, ended) for s in (1, 10)]
     study_of(study, *rows)
     found = evaluate.groups_of(evaluate.read_study(study), False)
-    assert list(found) == ["a", "a (2)", "part-0", "part-1", "one ×2"]
+    assert list(found) == ["a", "a (2)", "part-0", "part-1", "one"]
     study_of(tmp_path / "new.jsonl", ("new", 0, {"topk": 2}, metrics, ended))
     table(tmp_path / "new.jsonl", "--record", study)  # what it holds already stays
     assert len(evaluate.read_study(study)) == 7 and "a (2)" in table(study)
@@ -2521,6 +2527,9 @@ def test_rows_that_are_no_pairs_of_seeds_stay_apart(tmp_path, table):
     found = [evaluate.identity({"data": "demo", "weights": weights}) for weights in where]
     assert found[0] == found[1] != found[2]
     told = table(tmp_path / "extended.jsonl")
+    (row, *_) = evaluate.read_study(tmp_path / "extended.jsonl")  # one base at two places: one run
+    moved = [row._replace(settings=row.settings | {"extend": place}) for place in ("/a/five", "/b/5")]
+    assert evaluate.key_of(moved[0]) == evaluate.key_of(moved[1])
     assert [evaluate.seeds({"seed": 2, "base": base}) for base in (None, {"seed": 2}, {"seed": 3})] == [
         (2,), (2,), (2, 3)]  # a run that extends one of its own seed is a pair of any run of that seed
     five = dict.fromkeys(TASKS, 30.0)
@@ -2529,7 +2538,57 @@ def test_rows_that_are_no_pairs_of_seeds_stay_apart(tmp_path, table):
     assert "2 pairs  +0.00 ±0.00" in table(tmp_path / "five.jsonl")  # no gap in the row
     both = table(tmp_path / "five.jsonl", tmp_path / "extended.jsonl")  # judged on unlike images, it seems
     assert re.search(r"\nconstant +– +– +5.00 +– +–\n", both)
-    assert "mi0.1 ×2" in told and "+60.00 ±20.00*" in told  # 40 − 0 and 90 − 10, pairs of the bases' seeds
+    # 40 − 0 and 90 − 10, pairs of the bases' seeds; two pairs are too few for a verdict
+    assert "mi0.1 ×2" in told and "+60.00 ±20.00 " in told
+
+
+def test_differences_are_of_what_can_be_compared(tmp_path, table):
+    """Of one protocol and the same tasks; runs without a number count neither as a pair nor in a row."""
+    def ended(mi, **conflict):
+        return [{"epoch": 1, "conflict": conflict, "shared_mass": 0.5, "information": mi, "scale": 1.0}]
+
+    rows = [(f"all-{s}", s, {}, {"sal": 10.0 * s, "edge": 7.0}, ended(0.5)) for s in range(4)]
+    rows += [(f"sal-{s}", s, {}, {"sal": 10.0 * s + 2 + s % 2}, ended(0.2)) for s in range(4)]
+    rows += [(f"few-{s}", s, {"rank": 3}, {"sal": 10.0 * s, "edge": 7.0},
+              ended(0.5, **({"LoRA": (0.5, 0.1 * s)} if s else {}))) for s in range(4)]
+    rows += [(f"more-{s}", s, {"rank": 5}, {"sal": 10.0 * s, "edge": 7.0},
+              ended(0.5, **({"LoRA": (0.5, 0.1 * s + (0.5, 0.7, 0.6, 0.3)[s])}))) for s in range(4)]
+    study_of(tmp_path / "study.jsonl", *rows)
+    text = (tmp_path / "study.jsonl").read_text()
+    quick = text.replace('"file": "metrics.json"', '"file": "metrics-quick.json"').replace("runs/", "runs/q")
+    (tmp_path / "quick.jsonl").write_text(quick)
+    told = table(tmp_path / "study.jsonl")
+    first, numbers = told.split("after the last epoch: gates")
+    assert re.search(r"4 pairs +– +– +\+2.50 ±0.29\* +– +– +–\n", first)  # no Δm: other tasks
+    numbers, cosines = numbers.split("after the last epoch: cosines")
+    assert re.search(r"sal ×4 .*\n(?!  less)", numbers) and numbers.count("  less all  4 pairs") == 2
+    assert re.search(r"\nfew ×3 +0.500 ±0.000 +0.200 ±0.100\n", cosines)
+    assert re.search(r"\n  less few +3 pairs +\+0.000 ±0.000 +\+0.533 ±0.120\*", cosines)  # 0.7, 0.6, 0.3
+    both = table(tmp_path / "study.jsonl", tmp_path / "quick.jsonl", "--only", "all,all (2),few (2)")
+    assert not re.search(r"[0-9] pairs", both) and "all ×4" in both and "all (2) ×4" in both
+
+
+def test_of_two_runs_with_the_same_flags_the_one_that_trained_longer_counts(tmp_path, table, monkeypatch):
+    def ended(last):
+        return [{"epoch": last, "conflict": {}, "shared_mass": None, "information": None, "scale": None}]
+
+    study = tmp_path / "study.jsonl"
+    study_of(study, ("first", 0, {}, {"sal": 50.0}, ended(3)))
+    (row,) = evaluate.read_study(study)
+    runs = {"short": (40.0, 2), "first": (50.0, 3), "other": (60.0, 4)}
+    monkeypatch.setattr(evaluate, "routers_of", lambda folder: ended(runs[folder.name][1]))
+    monkeypatch.setattr(evaluate, "evaluate_run", lambda run, *_: row.result | {
+        "metrics": {"sal": runs[run.folder.name][0]}})
+    for name in runs:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "checkpoint.pt").touch()
+        data.write_json(tmp_path / name / "config.json", row.settings)
+    for name, told, kept in (("short", "short is left out: first has its flags", "first"),
+                             ("first", "", "first"), ("other", "other takes the place of first", "other")):
+        found = table(tmp_path / name, "--record", study)
+        assert told in found and ("flags" in found) == bool(told)
+        (line,) = evaluate.read_study(study)
+        assert line.run == kept and line.result["metrics"] == {"sal": runs[kept][0]}
 
 
 def test_a_study_keeps_what_runs_were_judged(mini, tmp_path, table):

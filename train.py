@@ -60,7 +60,7 @@ PRETRAIN = dict(images=24_000, held_out=400, epochs=8, batch=16, lr=1e-3, seed=0
 
 
 def learning_rate(step, steps, peak):
-    """Linear warm-up, then a cosine to zero: like poly, but with no exponent to choose."""
+    """Linear warm-up, then a cosine to zero."""
     warmup = max(1, round(WARMUP * steps))
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -152,6 +152,7 @@ def train(settings, args, rank, world, device):
             # router noise depends on seed, step and process alone: a resumed run repeats it
             torch.manual_seed(settings["seed"] * 1_000_003 + step * world + rank)
 
+            # a canvas: images and truth at full size, padded to one; `warp` augments and scales them
             micro_batches = [data.warp(*next(canvases), config.image, settings["mean_std"], config.tasks,
                                        warps[indices]) for indices in batch]
             # losses divide by the pixels of the effective batch, wherever its images are
@@ -166,7 +167,7 @@ def train(settings, args, rank, world, device):
                     predictions, routing = network(micro.images)
                 losses = evaluate.losses(predictions, micro.targets, pixels)
                 loss = sum(loss_weights[task] * losses[task] for task in losses)
-                # Mod-Squad: less mi × I(task; expert), so that tasks specialise; by this micro-batch's share
+                # Mod-Squad: − mi × I(task; expert), so that tasks specialise; by this micro-batch's share
                 information = ase.mutual_information(routing.probs).sum()
                 loss = loss - settings["mi"] * information * len(micro.images) / batch_size
                 (loss * world).backward()  # losses divide by global counts: × world undoes DDP's mean
@@ -651,7 +652,7 @@ def run(args):
         gpu = device if device.type == "cuda" else None
         if gpu:
             torch.cuda.set_device(gpu)
-        # process 0 may render, pretrain and fill a cache while the others wait
+        # process 0 may render the demo and fill a cache while the others wait
         dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu, timeout=timedelta(hours=6))
     try:
         with locked(Path(args.out)) if rank == 0 else contextlib.nullcontext():
