@@ -88,8 +88,8 @@ def shuffle(images, epoch, seed):
     return torch.randperm(images, generator=generator), data.random_warps(images, generator)
 
 
-def train(settings, args, rank, world, device):
-    """From a data set to the last checkpoint, as process `rank` of `world`."""
+def train(settings, initial, args, rank, world, device):
+    """From a data set to the last checkpoint, as process `rank` of `world`. settings, initial: of `resolve`."""
     out, config = Path(args.out), evaluate.with_tasks(ase.Config(**settings["model"]), settings["tasks"])
     checkpoint = resume(out, settings, args)
     if checkpoint and checkpoint["epoch"] == settings["epochs"]:
@@ -112,16 +112,16 @@ def train(settings, args, rank, world, device):
     torch.manual_seed(settings["seed"])
     model = ase.ASE(config).to(device)
     model.checkpointing = args.checkpointing
-    pretrained, before, loaded = settings["weights"] != "none", args.before, "random"
-    if before:  # a run's model as it is, frozen: what is the new task's own starts fresh, and is trained
-        before = checkpoint["model"] if checkpoint else before
-        model.load_state_dict(before, strict=False)
+    extended, loaded = {}, "random"
+    if settings["extend"]:  # a run's model as it is, frozen: what is the new task's own starts fresh
+        extended = checkpoint["model"] if checkpoint else initial
+        model.load_state_dict(extended, strict=False)
         for name, parameter in model.named_parameters():
             parameter.requires_grad = ase.part(name) in ase.OWN
         loaded = f"{settings['extend']}, all of it frozen; new: what {settings['tasks']} alone uses"
-    elif pretrained:
-        loaded = ase.load_backbone(model, args.pretrained or settings["weights"])
-    optimizer = torch.optim.AdamW(parameter_groups(model, pretrained), fused=True)
+    elif initial:
+        loaded = ase.load_backbone(model, initial)
+    optimizer = torch.optim.AdamW(parameter_groups(model, pretrained=bool(initial)), fused=True)
     first_epoch = 0
     if checkpoint:
         model.load_state_dict({name: checkpoint["model"][name] for name in model.state_dict()})
@@ -181,7 +181,7 @@ def train(settings, args, rank, world, device):
         cosines = conflict(model, train_set, settings, micro_batch) if args.conflict and rank == 0 else None
         log.epoch(epoch + 1, val_losses, routing, cosines)
         if rank == 0:
-            state = {"model": before | model.state_dict(), "optimizer": optimizer.state_dict(),
+            state = {"model": extended | model.state_dict(), "optimizer": optimizer.state_dict(),
                      "epoch": epoch + 1}
             data.write_atomically(out / "checkpoint.pt", lambda file: torch.save(state, file))
     if rank == 0:
@@ -479,7 +479,8 @@ def pretrain(path, backbone, device):
 
 
 def resolve(args, world):
-    """All that decides the trained weights, from flags and the data's defaults: what config.json holds.
+    """All that decides the trained weights, from flags and the data's defaults: what config.json holds; and
+    what the model starts from: `ase.Pretrained`, the state dict of the run that it extends, or None.
 
     Flags and files are checked here, before anything is made. Raises UserError or ValueError.
     """
@@ -488,7 +489,6 @@ def resolve(args, world):
     root = Path(args.data).resolve()
     to_make = args.data == "demo" and not root.exists()
     is_demo = to_make or (root / "demo.json").is_file()
-    args.before = {}
     settings = PAPER | (DEMO if is_demo else PASCAL) | {"extend": None}
     settings |= {flag: getattr(args, flag) for flag in PAPER | DEMO if getattr(args, flag, None) is not None}
     images = data.DEMO["train"]
@@ -506,38 +506,40 @@ def resolve(args, world):
     if args.conflict and (base or len(tasks) < 2):
         raise UserError("--conflict compares gradients of what tasks share: expected two tasks or more, and "
                         "no --extend")
-    settings |= extend(base, args, tasks) if base else start(args, tasks, settings, is_demo)
+    more, initial = extend(base, args, tasks) if base else start(args, tasks, settings, is_demo)
+    settings |= more
     if settings["batch"] > images or settings["batch"] % world:
         raise UserError(f"--batch {settings['batch']}: expected at most the {images} training images, and a "
                         f"multiple of the {world} processes")
-    return settings | {"data": str(root), "tasks": ",".join(tasks)}
+    return settings | {"data": str(root), "tasks": ",".join(tasks)}, initial
 
 
 def start(args, tasks, settings, is_demo):
-    """What decides the model of a new run: flags as they are resolved, and "model"."""
+    """What decides the model of a new run, flags as they are resolved, and "model"; and pretrained weights."""
     own = is_demo and settings["backbone"] == DEMO["backbone"]
     weights = args.weights or (str(OWN_BACKBONE) if own else None)
     if not weights:
         raise UserError(f"no weights for {settings['backbone']}: a frozen random backbone is no experiment; "
                         "name pretrained ones, --weights FILE (README tells where from), or mean it: "
                         "--weights none")
-    args.pretrained = None if weights == "none" else ase.read_backbone(weights)  # once: `train` copies them
+    pretrained = None if weights == "none" else ase.read_backbone(weights)
     backbone = settings["backbone"]
-    if args.pretrained and not args.backbone:
-        backbone = ase.backbone_for(args.pretrained)
+    if pretrained and not args.backbone:
+        backbone = ase.backbone_for(pretrained)
     shape = ase.BACKBONES[backbone] | ({"image": args.size} if args.size else {})
     channels = {task: TASKS[task].channels for task in tasks}
     config = ase.Config(**shape, tasks=channels, **{flag: settings[flag] for flag in MODEL})
-    if args.pretrained:
+    if pretrained:
         with torch.device("meta"):  # nothing but shapes: a check of the file
             model = ase.ASE(config)
-        ase.load_backbone(model, args.pretrained)
-    return {"backbone": backbone, "weights": weights if weights == "none" else str(Path(weights).resolve()),
-            "size": config.image, "lora": config.lora, "model": asdict(config)}
+        ase.load_backbone(model, pretrained)
+    weights = str(Path(weights).resolve()) if pretrained else "none"
+    return {"backbone": backbone, "weights": weights, "size": config.image, "lora": config.lora,
+            "model": asdict(config)}, pretrained
 
 
 def extend(base, args, tasks):
-    """The same for a finished run's model, to which tasks are added."""
+    """The same for a finished run's model, to which tasks are added; and its state dict."""
     if base.folder.resolve() == Path(args.out).resolve():
         raise UserError(f"--out {args.out} is the run to be extended, which stays as it is: name another one")
     kept = {flag: getattr(base.config, flag) for flag in MODEL}
@@ -555,11 +557,11 @@ def extend(base, args, tasks):
     if epoch < base.settings["epochs"]:
         raise UserError(f"{base.folder} has trained for {epoch} of its {base.settings['epochs']} epochs: "
                         "finish it first, by the command that began it")
-    args.before = evaluate.load_model(base, "cpu").state_dict()  # once: `train` copies them
+    state = evaluate.load_model(base, "cpu").state_dict()
     channels = {task: TASKS[task].channels for task in TASKS if task in tasks or task in base.config.tasks}
     config = replace(base.config, tasks=channels)
     flags = {flag: value for flag, value in base.settings.items() if flag != "model"}
-    return kept | {"extend": str(base.folder.resolve()), "base": flags, "model": asdict(config)}
+    return kept | {"extend": str(base.folder.resolve()), "base": flags, "model": asdict(config)}, state
 
 
 def number(kind, low, high=1_000_000):
@@ -642,7 +644,7 @@ def run(args):
     if args.pretrain:
         return pretrain(Path(args.pretrain), args.backbone or DEMO["backbone"], device)
     try:
-        settings = resolve(args, world)
+        settings, initial = resolve(args, world)
     except ValueError as error:
         raise UserError(str(error)) from None
     if args.workers is None:
@@ -656,7 +658,7 @@ def run(args):
         dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu, timeout=timedelta(hours=6))
     try:
         with locked(Path(args.out)) if rank == 0 else contextlib.nullcontext():
-            train(settings, args, rank, world, device)
+            train(settings, initial, args, rank, world, device)
     except RuntimeError as error:
         if world > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise UserError(f"process {rank} has lost the others: the line of the one that stopped first "
