@@ -1205,8 +1205,8 @@ def run(args):
         train, val = args.make or (DEMO["train"], DEMO["val"])
         allowed = range(1, 10**6), range(1, 10**6), range(32, 4097), range(50)
         if not all(value in values for value, values in zip((train, val, args.size, args.seed), allowed)):
-            raise UserError(f"--make {train} {val} --size {args.size} --seed {args.seed}: expected 1 to 999999"
-                            " images, 32 to 4096 pixels, a seed from 0 to 49")
+            raise UserError(f"--make {train} {val} --size {args.size} --seed {args.seed}: expected 1 to "
+                            "999999 images, 32 to 4096 pixels, a seed from 0 to 49")
         make_demo(root, train, val, args.size, args.seed)
     elif (args.size, args.seed) != (DEMO["size"], 0):
         raise UserError("--size and --seed are those of a demo to be made: add --make N M, or leave them out "

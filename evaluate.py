@@ -940,7 +940,7 @@ def print_table(groups, baseline, values):
     if any(len(group) > 1 for group in groups.values()):
         print("metrics: mean ± standard deviation of the runs; Δm: mean ± standard error")
     if any(cells[0].startswith("  less ") for cells in table):
-        print("less: mean difference of pairs of one seed ± standard error, * where it is beyond two of them "
+        print("less: mean difference of pairs of one seed ± standard error, * beyond two of them "
               "(3 pairs or more)")
     for note, named in notes.items():
         print(note + (f" ({', '.join(named)})" if len(named) < len(groups) else ""))

@@ -89,7 +89,7 @@ def shuffle(images, epoch, seed):
 
 
 def train(settings, initial, args, rank, world, device):
-    """From a data set to the last checkpoint, as process `rank` of `world`. settings, initial: of `resolve`."""
+    """From a data set to the last checkpoint, as process `rank` of `world`; settings, initial: `resolve`'s."""
     out, config = Path(args.out), evaluate.with_tasks(ase.Config(**settings["model"]), settings["tasks"])
     checkpoint = resume(out, settings, args)
     if checkpoint and checkpoint["epoch"] == settings["epochs"]:
@@ -515,7 +515,7 @@ def resolve(args, world):
 
 
 def start(args, tasks, settings, is_demo):
-    """What decides the model of a new run, flags as they are resolved, and "model"; and pretrained weights."""
+    """What decides the model of a new run, resolved flags and "model"; and its pretrained weights."""
     own = is_demo and settings["backbone"] == DEMO["backbone"]
     weights = args.weights or (str(OWN_BACKBONE) if own else None)
     if not weights:
