@@ -89,7 +89,7 @@ def shuffle(images, epoch, seed):
 
 
 def train(settings, initial, args, rank, world, device):
-    """From a data set to the last checkpoint, as process `rank` of `world`; settings, initial: `resolve`'s."""
+    """From what `resolve` returned to the last checkpoint, as process `rank` of `world`."""
     out, config = Path(args.out), evaluate.with_tasks(ase.Config(**settings["model"]), settings["tasks"])
     checkpoint = resume(out, settings, args)
     if checkpoint and checkpoint["epoch"] == settings["epochs"]:
