@@ -1340,7 +1340,7 @@ def draw_study(path, groups):
         epochs, masses = ([x for line in lines for x in line[n]] for n in (0, 1))
         panels.append(plot((330, 260), (min(epochs), max(epochs)), (0, 1.1 * max(masses)),
                            ("gates of the shared experts", "epoch", "sum"), lines,
-                           xticks=sorted(set(epochs))))
+                           xticks=range(max(epochs), min(epochs) - 1, -(1 + max(epochs) // 9))))
     if panels:
         cell = max(panel.shape[1] for panel in panels) // 2
         sheet([[panel] for panel in panels], legend=legend, cell=cell, frame="white", path=path)

@@ -2686,8 +2686,12 @@ def test_no_protocol_replaces_anothers_pictures_and_what_is_interrupted_is_drawn
     table(finished, "--no-nms")
     before = tree(finished)
     assert finished / "edges-no-nms.png" in before and finished / "predictions-no-nms.png" in before
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(evaluate, "draw_curves", lambda *args: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(evaluate, "draw_curves", interrupted)
         table(finished)
     assert stop.value.code == 130 and result_of(finished / "metrics.json")["metrics"]  # figures are safe
     table(finished)
