@@ -2611,6 +2611,16 @@ def test_a_study_keeps_what_runs_were_judged(mini, tmp_path, table):
     assert row.epochs[0]["scale"] == pytest.approx((update / ffn).mean(), abs=1e-5) and (update > 0).all()
 
 
+def test_the_epochs_of_a_long_study_can_be_read_in_its_picture(table, monkeypatch, tmp_path):
+    """The early runs have 30 epochs and, on data without a baseline, no gains: one panel."""
+    ticks, plot = [], evaluate.plot
+    monkeypatch.setattr(evaluate, "plot", lambda *args, xticks, **more: (
+        ticks.append([*xticks]), plot(*args, xticks=xticks, **more))[1])
+    monkeypatch.chdir(tmp_path)
+    table(ROOT / "assets/early.jsonl")
+    assert ticks == [[30, 26, 22, 18, 14, 10, 6, 2]] and drawn(tmp_path / "early.png")
+
+
 def test_images_with_truth_in_every_task_are_drawn_first(finished, mini, table, monkeypatch):
     seen = []
     monkeypatch.setattr(evaluate, "draw_predictions", lambda path, samples: seen.extend(samples))
