@@ -5,7 +5,7 @@
 A vision transformer (ViT) pretrained on one task serves T dense-prediction tasks. Its weights stay frozen;
 beside them are trained: a LoRA of rank 4 on every linear layer, N LoRA experts of rank r in parallel with
 every FFN, one router per task and layer, an embedding per task, and a head per task. The paper's idea is in
-`gate`, its layer is `LoRAExperts`.
+`gate`, its layer is `LoRAExperts`, its model is `ASE`.
 
 References: ASE: Yang et al. 2025, arXiv 2510.00570 (equation numbers are this paper's) · LoRA: Hu et al.
 2021 · noisy top-k gating: Shazeer et al. 2017 · mutual information loss: Mod-Squad, Chen et al. 2023 ·
@@ -21,7 +21,7 @@ import json
 import math
 import re
 import zipfile
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,14 +31,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 GATINGS = ("joint", "fixed")
-LARGEST = 8192  # upper limit of every number in a Config
-PAPER_TASKS = {"semseg": 21, "human_parts": 7, "sal": 1, "edge": 1, "normals": 3}  # task → channels
-
-BACKBONES = {
-    "vit_tiny": dict(image=96, patch=8, dim=128, depth=4, heads=4, head_dim=32),  # for two cores
-    "vit_small": dict(image=224, patch=16, dim=384, depth=12, heads=6, head_dim=256),
-    "vit_base": dict(image=224, patch=16, dim=768, depth=12, heads=12, head_dim=256),
-}
 
 
 def require(condition, message):
@@ -46,61 +38,12 @@ def require(condition, message):
         raise ValueError(message)
 
 
-@dataclass(frozen=True)
-class Config:
-    """All that decides the model's shape. The defaults are the paper's: ViT-base, (N/k/S/r) = (16/3/1/4).
-
-    `experts=0` is the plain multi-task ViT: no experts, no routers, no task embedding, one pass for all
-    tasks. `lora=0` trains the backbone in full. Raises ValueError, in one line, for what makes no sense.
-    """
-
-    image: int = 224        # side of the square input, pixels
-    patch: int = 16         # side of a patch, pixels: a power of two
-    dim: int = 768          # D
-    depth: int = 12         # blocks
-    heads: int = 12         # attention heads
-    tasks: dict = field(default_factory=lambda: dict(PAPER_TASKS))  # task → channels of its prediction
-    experts: int = 16       # N, shared ones included
-    topk: int = 3           # K, shared ones not included
-    shared: int = 1         # S
-    rank: int = 4           # R
-    noise: float = 1.0      # factor of the routers' learned noise in training; 0: none, nor a matrix for it
-    gating: str = "joint"   # "joint": Eq. 8–9 (ASE) · "fixed": Eq. 1–3, for the shared experts Eq. 5
-    lora: int | None = None  # rank of the LoRA on the backbone's linear layers; None: 4, or 0 without experts
-    head_dim: int = 256     # channels inside a head
-
-    def __post_init__(self):
-        if self.lora is None:
-            object.__setattr__(self, "lora", 4 if self.experts else 0)
-        unused = () if self.experts else ("topk", "shared", "rank")
-        for f in fields(self):
-            value, low = getattr(self, f.name), 0 if f.name in ("experts", "topk", "shared", "lora") else 1
-            if f.type in (int, int | None) and f.name not in unused:
-                require(type(value) is int and low <= value <= LARGEST,
-                        f"{f.name} is {value!r}: expected a whole number from {low} to {LARGEST}")
-        require(type(self.noise) in (int, float) and 0 <= self.noise < math.inf,
-                f"noise is {self.noise!r}: expected a number, 0 or more")
-        require(isinstance(self.tasks, dict) and self.tasks,
-                f"tasks is {self.tasks!r}: expected at least one task → channels")
-        object.__setattr__(self, "tasks", dict(self.tasks))  # the caller's may change
-        for task, channels in self.tasks.items():
-            require(str(task).isidentifier() and type(channels) is int and 1 <= channels <= LARGEST,
-                    f"task {task!r} has {channels!r} channels: expected a plain name → 1 to {LARGEST}")
-        require(self.patch > 1 and self.patch & (self.patch - 1) == 0,
-                f"patch is {self.patch}: expected a power of two, such as 16")
-        require(self.image % self.patch == 0,
-                f"an image side of {self.image} is no multiple of the patch {self.patch}: "
-                f"the next one is {-(-self.image // self.patch) * self.patch}")
-        require(self.dim % self.heads == 0,
-                f"width {self.dim} does not divide into {self.heads} attention heads")
-        require(self.gating in GATINGS, f"unknown gating {self.gating!r}: expected {' or '.join(GATINGS)}")
-        if self.experts:
-            sparse = self.experts - self.shared
-            require(sparse >= 1, f"{self.shared} shared experts of {self.experts} leave no sparse one: "
-                                 f"shared must be at most {self.experts - 1}")
-            require(1 <= self.topk <= sparse,
-                    f"topk is {self.topk}, but {self.experts} experts less {self.shared} shared ones are "
-                    f"{sparse} sparse ones: topk must be 1 to {sparse}")
+def check_experts(experts, topk, shared, gating):
+    """Raises ValueError, in one line, for numbers of experts that do not go together."""
+    sparse = experts - shared
+    require(gating in GATINGS, f"unknown gating {gating!r}: expected {' or '.join(GATINGS)}")
+    require(0 <= shared < experts, f"{shared} of {experts} experts shared: expected 0 to {experts - 1}")
+    require(1 <= topk <= sparse, f"topk is {topk}: expected 1 to {sparse}, the experts that are not shared")
 
 
 # ------------------------------------------------------------------------------------------ gates and experts
@@ -111,15 +54,15 @@ def gate(logits, shared, topk, gating):
 
     logits (..., N), the first `shared` columns belong to the shared experts. Returns gates of the same shape,
     zero for experts that are not selected; exactly `topk` sparse experts are, even where logits tie. Computed
-    in float32 or higher.
+    in float32 or higher. Raises ValueError for numbers that do not go together.
     """
+    check_experts(logits.shape[-1], topk, shared, gating)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     sparse = logits[..., shared:]
     chosen = torch.zeros_like(sparse, dtype=torch.bool)
     chosen = chosen.scatter(-1, sparse.topk(topk, sorted=False).indices, True)
     if gating == "joint":
-        # Eq. 8–9: g_i = exp(z_i) / Σ,  gs_i = exp(zs_i) / Σ,  Σ over the k kept sparse and the S shared
-        # logits together
+        # Eq. 8–9: g_i = exp(z_i) / Σ,  gs_i = exp(zs_i) / Σ,  Σ over k kept sparse and S shared logits
         active = F.pad(chosen, (shared, 0), value=True)
         return logits.masked_fill(~active, -math.inf).softmax(-1)
     # Eq. 1–3: softmax over all sparse experts, then the top k, not normalised again;  Eq. 5: gs_i = 1
@@ -132,11 +75,12 @@ class LoRAExperts(nn.Module):
     All experts are computed: side by side they are one matrix of N·R rows, which costs about 2% of the FFN
     in the paper's settings (N·R = 64); an expert that was not selected has gate 0. No loop over experts, no
     token dispatch, no dropped token. What a task owns carries its name, `router.semseg`; `tasks`: T names, or
-    T itself.
+    T itself. Raises ValueError for numbers that do not go together.
     """
 
     def __init__(self, *, dim, tasks, experts, topk, shared, rank, gating="joint", noise=1.0):
         super().__init__()
+        check_experts(experts, topk, shared, gating)
         self.topk, self.shared, self.gating, self.noise = topk, shared, gating, noise
         tasks = [*map(str, range(tasks) if isinstance(tasks, int) else tasks)]
         # Eq. 6–7, transposed: the first S columns are W_s (shared experts), the others W_g (sparse ones)
@@ -151,15 +95,13 @@ class LoRAExperts(nn.Module):
 
         x (T, …, D) → (T, B·L, N).
         """
-        def each(x, matrices):
-            return torch.bmm(x, torch.stack([*matrices.values()]).to(x.dtype))           # (T, B·L, N)
-
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(1, -2)         # (T, B·L, D)
-            z = each(x, self.router)                                                     # (T, B·L, N)
+            z = torch.bmm(x, torch.stack([*self.router.values()]).to(x.dtype))           # (T, B·L, N)
             if self.training and self.noise:
                 # Shazeer et al. 2017, Eq. 4: z + ε · softplus(W_noise x); the floor of 0.01 is their code's
-                deviation = F.softplus(each(x, self.router_noise)) + 0.01                # (T, B·L, N)
+                deviation = torch.bmm(x, torch.stack([*self.router_noise.values()]).to(x.dtype))
+                deviation = F.softplus(deviation) + 0.01                                 # (T, B·L, N)
                 z = z + self.noise * deviation * torch.randn_like(z)                     # (T, B·L, N)
         return z
 
@@ -203,7 +145,6 @@ class Routing(NamedTuple):
 
     probs: torch.Tensor  # (blocks, T, N−S) softmax of sparse logits before top-k, for `mutual_information`
     gates: torch.Tensor  # (blocks, T, N)   gates after top-k, shared experts first: the paper's Fig. 4
-    power: torch.Tensor  # (blocks, T, 2)   mean square of the experts' update, and of the FFN's beside it
 
 
 def mutual_information(probs):
@@ -216,6 +157,61 @@ def mutual_information(probs):
     probs = probs.clamp_min(torch.finfo(probs.dtype).tiny)  # log 0 has no gradient
     marginal = probs.mean(1, keepdim=True)                                               # (blocks, 1, N−S)
     return (torch.xlogy(probs, probs) - torch.xlogy(probs, marginal)).sum(-1).mean(-1)   # (blocks,)
+
+
+# ------------------------------------------------------------------------------------------ shapes of a model
+
+BACKBONES = {
+    "vit_tiny": dict(image=96, patch=8, dim=128, depth=4, heads=4, head_dim=32),  # for two cores
+    "vit_small": dict(image=224, patch=16, dim=384, depth=12, heads=6, head_dim=256),
+    "vit_base": dict(image=224, patch=16, dim=768, depth=12, heads=12, head_dim=256),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """All that decides the model's shape. The defaults are the paper's: ViT-base, (N/k/S/r) = (16/3/1/4).
+
+    `experts=0` is the plain multi-task ViT: no experts, no routers, no task embedding, one pass for all
+    tasks. `lora=0` trains the backbone in full. Raises ValueError, in one line, for what makes no sense.
+    """
+
+    image: int = 224        # side of the square input, pixels
+    patch: int = 16         # side of a patch, pixels: a power of two
+    dim: int = 768          # D
+    depth: int = 12         # blocks
+    heads: int = 12         # attention heads
+    # task → channels of its prediction
+    tasks: dict = field(default_factory=lambda: dict(semseg=21, human_parts=7, sal=1, edge=1, normals=3))
+    experts: int = 16       # N, shared ones included
+    topk: int = 3           # K, shared ones not included
+    shared: int = 1         # S
+    rank: int = 4           # R
+    noise: float = 1.0      # factor of the routers' learned noise in training; 0: none, nor a matrix for it
+    gating: str = "joint"   # "joint": Eq. 8–9 (ASE) · "fixed": Eq. 1–3, for the shared experts Eq. 5
+    lora: int | None = None  # rank of the LoRA on the backbone's linear layers; None: 4, or 0 without experts
+    head_dim: int = 256     # channels inside a head
+
+    def __post_init__(self):
+        if self.lora is None:
+            object.__setattr__(self, "lora", 4 if self.experts else 0)
+        least = dict(image=1, patch=2, dim=1, depth=1, heads=1, head_dim=1, experts=0, lora=0)
+        least |= dict(topk=1, shared=0, rank=1) if self.experts else {}
+        for name, low in least.items():
+            value = getattr(self, name)
+            require(type(value) is int and value >= low, f"{name} is {value!r}: expected an integer ≥ {low}")
+        require(0 <= self.noise < math.inf, f"noise is {self.noise!r}: expected a number, 0 or more")
+        require(self.tasks, "there is no task: expected one or more, name → channels")
+        object.__setattr__(self, "tasks", dict(self.tasks))  # the caller's may change
+        for task, channels in self.tasks.items():
+            require(str(task).isidentifier() and type(channels) is int and channels >= 1,
+                    f"task {task!r} has {channels!r} channels: expected a plain name → 1 or more")
+        require(self.patch & (self.patch - 1) == 0, f"patch is {self.patch}: expected a power of two")
+        require(self.image % self.patch == 0,
+                f"the image's side of {self.image} is no multiple of the patch, {self.patch}")
+        require(self.dim % self.heads == 0, f"width {self.dim} does not divide into {self.heads} heads")
+        if self.experts:
+            check_experts(self.experts, self.topk, self.shared, self.gating)
 
 
 # ------------------------------------------------------------------------------------- the vision transformer
@@ -288,8 +284,7 @@ class Block(nn.Module):
         if self.experts is None:
             return x + ffn, None
         update, probs, gates = self.experts(h)
-        power = [y.detach().square().mean((1, 2, 3), dtype=gates.dtype) for y in (update, ffn)]
-        return x + ffn + update, Routing(probs, gates, torch.stack(power, -1))           # Eq. 10
+        return x + ffn + update, Routing(probs, gates)                                   # Eq. 10
 
 
 class Head(nn.Module):
@@ -355,7 +350,7 @@ class ASE(nn.Module):
             if row is not None:
                 rows.append(row)
         none = x.new_zeros(0, len(self.heads), 0)
-        routing = Routing(*map(torch.stack, zip(*rows))) if rows else Routing(none, none, none)
+        routing = Routing(*map(torch.stack, zip(*rows))) if rows else Routing(none, none)
         return self.norm(x), routing
 
     def forward(self, images):
@@ -391,11 +386,6 @@ def count(model):
 
 # ----------------------------------------------------------------------------------------- pretrained weights
 
-WRAPPERS = ("model", "state_dict", "teacher")  # what a checkpoint may keep the weights under
-SHAPES = {(b["dim"], b["depth"], b["patch"]): name for name, b in BACKBONES.items()}
-PRESETS = "expected " + " or ".join("{} (width {}, {} blocks, patch {})".format(name, *shape)
-                                    for shape, name in SHAPES.items())
-
 # transformers' names of a ViT → timm's, in this order; the second of two is version 5's, in memory
 TRANSFORMERS = {
     r"^embeddings\.": "", r"^position_embeddings": "pos_embed",
@@ -405,8 +395,8 @@ TRANSFORMERS = {
     r"intermediate\.dense": "mlp.fc1", r"output\.dense": "mlp.fc2", r"^layernorm\.": "norm.",
     "layernorm_before": "norm1", "layernorm_after": "norm2"}
 
-# weights that do not change the features: used only after the blocks, or only in pretraining
-HARMLESS = r"(mask\w*|pre_logits|fc|fc_norm|\w*(head|pool|proj|pred|decoder|classifier)\w*)(\..*)?"
+# names of weights that act on the features, so that none may be left out (mask_token: in pretraining alone)
+ACTIVE = r"blocks\..*|norm.*|(?!mask)\w*token\w*"
 
 
 def load(path):
@@ -425,135 +415,85 @@ def load(path):
         with torch.serialization.safe_globals([argparse.Namespace]):  # many checkpoints keep their flags
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a file of another kind makes torch.load raise nearly anything
-        reason = str(error) or type(error).__name__
-    found = re.search(r"Unsupported global: GLOBAL (\S+)", reason)
-    if found:
-        raise ValueError(f"{path} holds {found[1]} beside tensors, which may run code: expected tensors "
-                         "alone, such as a .safetensors file of the same weights")
-    reason = reason.split("\n")[0].split(". ")[0]
-    raise ValueError(f"cannot read {path} ({reason}): expected a file of torch.save or .safetensors")
+        reason = (str(error) or type(error).__name__).split("\n")[0].split(". ")[0]
+    raise ValueError(f"cannot read {path} ({reason}): expected tensors alone, of torch.save or .safetensors")
 
 
 def read_safetensors(path):
     """{name: tensor} of a .safetensors file: 8 bytes of header length, JSON, little-endian numbers."""
     types = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        require(length <= size - 8, f"its header claims {length} bytes, the file has {size}")
-        header = json.loads(file.read(length))
-    body = torch.from_file(str(path), size=size, dtype=torch.uint8)[8 + length:]  # mapped, not read
+    data = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)  # mapped, not read
+    length = int(data[:8].view(torch.int64))
     tensors = {}
-    for name, entry in header.items():
-        if name == "__metadata__" or entry["dtype"] not in types:
-            continue
-        (start, end), shape, dtype = entry["data_offsets"], entry["shape"], types[entry["dtype"]]
-        require(0 <= start <= end <= len(body) and end - start == math.prod(shape) * dtype.itemsize,
-                f"the bytes {start} to {end} of {name} are not its {shape} {entry['dtype']} numbers")
-        tensors[name] = body[start:end].clone().view(dtype).view(shape)
+    for name, entry in json.loads(data[8:8 + length].numpy().tobytes()).items():
+        if name != "__metadata__" and entry["dtype"] in types:
+            start, end = (8 + length + offset for offset in entry["data_offsets"])
+            tensors[name] = data[start:end].clone().view(types[entry["dtype"]]).view(entry["shape"])
     return tensors
 
 
 def timm_names(state):
-    """A ViT's state dict with the names of transformers, if it has them, replaced by timm's."""
-    vit = {}
-    for name, x in state.items():
-        for theirs, timm in TRANSFORMERS.items():
-            name = re.sub(theirs, timm, name)
-        vit[name] = x
-    for name in [name for name in vit if ".attn.q." in name]:
-        parts = [vit.get(name.replace(".q.", f".{which}.")) for which in "qkv"]
-        if all(x is not None and x.shape[1:] == parts[0].shape[1:] and x.dim() for x in parts):
-            vit[name.replace(".q.", ".qkv.")] = torch.cat(parts)
-    return {name: x for name, x in vit.items() if not re.search(r"\.attn\.[qkv]\.", name)}
+    """A ViT's state dict under timm's names. Transformers keeps q, k and v apart; timm stacks them as qkv."""
+    for theirs, timm in TRANSFORMERS.items():
+        state = {re.sub(theirs, timm, name): x for name, x in state.items()}
+    for name in [name for name in state if ".attn.q." in name]:
+        parts = [state.pop(name.replace(".q.", f".{letter}."), None) for letter in "qkv"]
+        if all(x is not None for x in parts):
+            state[name.replace(".q.", ".qkv.")] = torch.cat(parts)
+    return state
 
 
-class Pretrained(NamedTuple):
-    """A pretrained ViT as it was read."""
-
-    path: Path
-    state: dict  # timm's name of a ViT's weight → tensor
-    left: list   # names of what else the file holds
-
-
-def read_backbone(source):
-    """A pretrained ViT, as `Pretrained`; `source` is a file, or what this function has returned before.
+def read_backbone(path):
+    """A pretrained ViT, {timm's name: tensor}, and the names of what lies beside it in the file.
 
     The file: a state dict from torch.save or a .safetensors file, bare or under "model", "state_dict" or
     "teacher"; names of timm (DeiT, MAE, MoCo v3 and DINO have them, too) or of transformers, after any
     prefix. Raises ValueError, in one line, for whatever is no plain ViT.
     """
-    if isinstance(source, Pretrained):
-        return source
-    path = Path(source)
     accepted = "expected a ViT's state dict, timm's or transformers' names, .safetensors or from torch.save"
-    require(path.is_file(), f"no weights file {path}: {accepted}")
+    require(Path(path).is_file(), f"no weights file {path}: {accepted}")
     state = load(path)
-    for wrapper in 3 * WRAPPERS:  # one may be inside another
+    for wrapper in 3 * ("model", "state_dict", "teacher"):  # one may be inside another
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    require(isinstance(state, dict), f"{path} holds a {type(state).__name__}: {accepted}")
-    state = {" ".join(str(name).split()): x for name, x in state.items()
-             if isinstance(x, torch.Tensor) and x.layout == torch.strided and x.is_floating_point()}
+    tensors = state.items() if isinstance(state, dict) else ()
+    state = {str(name): x for name, x in tensors if torch.is_tensor(x) and x.is_floating_point()}
     tokens = (re.fullmatch(r"(|.*?\.)(embeddings\.)?cls_token", name) for name in state)
     # of several ViTs the teacher, which is the one that DINO evaluates, else the first
-    prefix = min((match[1] for match in tokens if match), key=lambda p: "teacher" not in p, default="")
-    left = [name for name in state if not name.startswith(prefix)]
-    vit = timm_names({name.removeprefix(prefix): x for name, x in state.items() if name not in left})
-    dims = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}
-    require(all(name in vit and vit[name].dim() == dims[name] for name in dims),
-            f"{path} holds no ViT (its first names: {', '.join(list(state)[:3]) or 'none'}): {accepted}")
-    more = [name for name in vit if part(name) != "backbone"]
-    for name in more:
-        acts = not re.fullmatch(HARMLESS, name) or name.startswith("fc_norm") and "norm.weight" not in vit
-        require(not acts, f"{path} holds another architecture: {name} is no part of a plain ViT; {PRESETS}")
-    return Pretrained(path, {name: x for name, x in vit.items() if name not in more}, more + left)
+    prefix = min((match[1] for match in tokens if match), key=lambda p: "teacher" not in p, default=None)
+    require(prefix is not None, f"{path} holds no ViT (its first names: {[*state][:3]}): {accepted}")
+    vit = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
+    return timm_names(vit), [name for name in state if not name.startswith(prefix)]
 
 
-def shape_of(state):
-    """(width, depth, patch) of a ViT's state dict with timm's names."""
-    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    return state["cls_token"].shape[-1], depth, state["patch_embed.proj.weight"].shape[-1]
-
-
-def backbone_for(source):
-    """The name of the preset that the weights in `source` fit, as in `read_backbone`. Raises ValueError."""
-    path, state, _ = read_backbone(source)
-    found = shape_of(state)
-    require(found in SHAPES,
-            "{} holds a ViT of width {}, {} blocks, patch {}: {}".format(path, *found, PRESETS))
-    return SHAPES[found]
-
-
-def load_backbone(model, source):
+def load_backbone(model, path):
     """Copy pretrained weights into the backbone of `model`; return one line that tells what was done.
 
-    `source`: as in `read_backbone`. Position embeddings of another grid are resized. Raises ValueError, in
-    one line, where a weight is missing or does not fit; nothing is copied then.
+    path: as in `read_backbone`. Position embeddings of another grid are resized. Raises ValueError, in one
+    line, where a weight is missing or does not fit; nothing is copied then.
     """
-    path, state, left = read_backbone(source)
-    state = dict(state)  # the caller may go on to use his own
+    state, beside = read_backbone(path)
     own = {name: p for name, p in model.state_dict().items() if part(name) == "backbone"}
-    found, wanted = shape_of(state), shape_of(own)
-    advice = f"use --backbone {SHAPES[found]}" if found in SHAPES else PRESETS
-    require(found == wanted, "{} holds a ViT of width {}, {} blocks, patch {}; the model has width {}, "
-                             "{} blocks, patch {}: {}".format(path, *found, *wanted, advice))
+    for name, p in own.items():
+        require(name in state, f"{path} lacks {name}: not a whole ViT, take another file")
+        x = state[name]
+        fits = x.dim() == 3 and x.shape[::2] == p.shape[::2] if name == "pos_embed" else x.shape == p.shape
+        require(fits, f"{name} in {path} is {tuple(x.shape)}, in the model {tuple(p.shape)}: "
+                      "is the file another backbone's?")
+    left = [name for name in state if name not in own]
+    lost = next((name for name in left if re.fullmatch(ACTIVE, name)), None)
+    require(not lost, f"{path} holds {lost}, for which the model has no place: is it another backbone's?")
+    left += beside
     told = f"{len(own)} tensors loaded from {path}"
     if state["pos_embed"].shape != own["pos_embed"].shape:
         positions = state["pos_embed"].shape[1]
-        old, new = (math.isqrt(max(0, p.shape[1] - 1)) for p in (state["pos_embed"], own["pos_embed"]))
-        require(old and positions == 1 + old * old,
-                f"{path} has {positions} position embeddings: expected 1 + a square")
+        old, new = (math.isqrt(p.shape[1] - 1) for p in (state["pos_embed"], own["pos_embed"]))
+        require(old and positions == 1 + old * old, f"{path} has {positions} positions: not 1 + a square")
         token, grid = state["pos_embed"].float().split([1, old * old], dim=1)
         grid = grid.mT.unflatten(-1, (old, old))
         grid = F.interpolate(grid, size=(new, new), mode="bicubic", antialias=True)
         state["pos_embed"] = torch.cat([token, grid.flatten(2).mT], dim=1)
         told += f", position embeddings resized from {old}×{old} to {new}×{new}"
-    for name, p in own.items():
-        require(name in state, f"{path} lacks {name}: not a whole ViT, take another file")
-        require(state[name].shape == p.shape,
-                f"{name} in {path} is {tuple(state[name].shape)}: expected {tuple(p.shape)}")
-        require(state[name].isfinite().all(), f"{name} in {path} is not finite: take another copy of it")
     for name, p in own.items():
         p.copy_(state[name])
     if left:

@@ -2,30 +2,24 @@
 
     python evaluate.py run/                            five metrics, Δm and pictures, all kept in run/
     python evaluate.py runs/* --baseline runs/stl_*    one table; runs that differ in the seed are one row
-    python evaluate.py study.jsonl                     the same from a study, kept by --record study.jsonl
     python evaluate.py run/ photo.jpg                  what the run sees in a photo: run/photo.png
 
 Protocol: that of Vandenhende et al. 2021 and M3ViT (Fan et al. 2022), whose numbers Table 1 of the ASE paper
 continues. The network sees S×S; its predictions are brought to each image's own size and compared there with
 the untouched truth. That is what training learns from, but for edges: training has the thinned Laplacian of
-the LabelMap, as the field's loaders do, and odsF is judged against its thinned `seg2bmap`, as in SEISM.
+the LabelMap, as the field's loaders do, and odsF is judged against its thinned `seg2bmap`, as in SEISM. Four
+variants of odsF are published, and differ by points: README tells whose flags are which.
 
 Shapes: B images · C channels · S side of the network's input · H, W an image's own height and width · K
 thresholds.
 """
 
 import argparse
-import collections
-import concurrent.futures
 import contextlib
-import hashlib
-import itertools
 import json
 import math
 import re
 import sys
-import time
-import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -125,10 +119,6 @@ class Metric:
         """That, at native size (C, H, W) → the prediction that is compared and drawn."""
         return native[0]
 
-    def truth(self, target, labels):
-        """What the prediction is compared with, from the target of training and the LabelMap (H, W)."""
-        return target
-
     def count(self, prediction, truth, channels, protocol):
         """One image → an array of numbers that add up over images."""
         raise NotImplementedError
@@ -207,9 +197,6 @@ class OdsF(Metric):
 
     constant = (-9,)
 
-    def truth(self, target, labels):
-        return thin(seg2bmap(labels))  # SEISM's, not the target of training
-
     def count(self, prediction, truth, channels, protocol):
         return edge_counts(prediction, truth, protocol.levels(), nms=protocol.nms)
 
@@ -270,8 +257,9 @@ def suppress(prob):
 def thin_words(words):
     """`thin` to convergence for many sparse maps: words (J, H, W) unsigned, one bit a map.
 
-    A half-pass looks again only at pixels around which something changed since it last did: 9 to 24 times as
-    fast as `thin` on 101 thresholds of one 500×375 image.
+    In one flat array with a margin a neighbour is a fixed number of places away. A half-pass looks again only
+    at pixels around which something changed since it last did: 9 to 24 times as fast as `thin` on 101
+    thresholds of one 500×375 image.
     """
     p = np.pad(words, ((0, 0), (1, 1), (1, 1)))
     flat = p.reshape(-1)
@@ -318,29 +306,25 @@ def within_reach(predicted, gt, reach):
     return [truth[start:end] for start, end in zip([0] + ends, ends)]
 
 
-def augmenting_path(start, links, owner, seen):
-    """An alternating path from the predicted pixel `start` to an unmatched truth pixel, leaving out `seen`.
+def augmenting_path(start, links, owner, closed):
+    """A way from the predicted pixel `start` to a free truth pixel, over truth pixels that are not `closed`.
 
-    Returns its end (-1: there is none) and {truth pixel: the predicted pixel it was reached from}. Depth
+    The picture: `start` asks its truth pixels; where all have an owner, each owner is asked for another one,
+    and so on. Returns the free truth pixel (-1: there is none) and {truth pixel: who asked for it}. Depth
     first: where much is matched, breadth first would look at a growing disc before it finds a way out.
     """
-    came = {}
-    stack = [start]
+    asked, stack = {}, [start]
     while stack:
         pixel = stack.pop()
         for truth in links[pixel]:
-            if truth in came or truth in seen:
-                continue
-            came[truth] = pixel
             if owner[truth] < 0:
-                return truth, came
-            stack.append(owner[truth])
-    return -1, came
-
-
-# On a dense map a search looks at many truth pixels before it finds a way. What a longer one than this saw is
-# left alone until the next round, which then has to be made: a guess that saves time, and changes no result.
-LONG_SEARCH = 300  # truth pixels
+                asked[truth] = pixel
+                return truth, asked
+        for truth in links[pixel]:
+            if truth not in asked and truth not in closed:
+                asked[truth] = pixel
+                stack.append(owner[truth])
+    return -1, asked
 
 
 def match(links, truths, kept):
@@ -356,32 +340,23 @@ def match(links, truths, kept):
     mate = [-1] * len(links)  # of each predicted pixel
     owner = [-1] * truths  # of each truth pixel
     before = np.zeros(len(links), dtype=bool)
-    single = []  # the predicted pixels without a mate
-    sizes = []
+    single, sizes = [], []  # the predicted pixels without a mate
     for now in kept[::-1] & near:  # from few pixels to many: what was matched stays matched where it can
         for pixel in np.flatnonzero(before & ~now).tolist():
             if mate[pixel] >= 0:
                 owner[mate[pixel]] = -1
                 mate[pixel] = -1
-        single = [pixel for pixel in single if now[pixel]] + np.flatnonzero(now & ~before).tolist()
-        before = now
-        proven = False
-        while not proven:
-            proven = True
-            todo, single = single, []
-            seen = set()
-            for pixel in todo:
-                truth, came = augmenting_path(pixel, links, owner, seen)
-                if truth < 0:
-                    single.append(pixel)
-                    seen.update(came)  # no path leads on from these, and no later path changes that
-                elif len(came) > LONG_SEARCH:
-                    seen.update(came)
-                    proven = False
-                while truth >= 0:  # back along the path: each predicted pixel takes the next truth pixel
-                    pixel = came[truth]
-                    owner[truth] = pixel
-                    mate[pixel], truth = truth, mate[pixel]
+        todo = [pixel for pixel in single if now[pixel]] + np.flatnonzero(now & ~before).tolist()
+        before, single, closed = now, [], set()
+        for pixel in todo:
+            truth, asked = augmenting_path(pixel, links, owner, closed)
+            if truth < 0:
+                single.append(pixel)
+                closed.update(asked)  # no way leads on from these, and no later path changes that
+            while truth >= 0:  # back along the path: each predicted pixel takes the truth it has asked for
+                pixel = asked[truth]
+                owner[truth] = pixel
+                mate[pixel], truth = truth, mate[pixel]
         sizes.append(int(now.sum()) - len(single))
     return sizes[::-1]
 
@@ -395,12 +370,9 @@ def edge_counts(prob, gt, thresholds, max_dist=0.0075, nms=True):
     ValueError: two shapes, no floats, or NaN.
     """
     prob, gt = np.asarray(prob), np.asarray(gt, dtype=bool)
-    if prob.ndim != 2 or prob.shape != gt.shape:
-        raise ValueError(f"edge map {prob.shape} and truth {gt.shape} should be (H, W), both the same")
-    if prob.dtype.kind != "f":
-        raise ValueError(f"the edge map is {prob.dtype}; float probabilities in [0, 1] were expected")
-    if np.isnan(prob).any():
-        raise ValueError("the edge map holds NaN; probabilities in [0, 1] were expected")
+    if prob.ndim != 2 or prob.shape != gt.shape or prob.dtype.kind != "f" or np.isnan(prob).any():
+        raise ValueError(f"found {prob.dtype} edges {prob.shape} for a truth of {gt.shape}: expected floats "
+                         "in [0, 1], no NaN, and (H, W) for both")
     if nms:
         prob = suppress(prob)
     thresholds = np.asarray(thresholds, dtype=prob.dtype)  # 0.2 in float32 is not above 0.2
@@ -432,16 +404,21 @@ def ods_f(counts):
 # -------------------------------------------------------------------------------------------- judging a model
 
 
+def to_input(model, image, mean_std, device):
+    """Image (3, H, W) uint8 of any size → what the model takes, (1, 3, S, S)."""
+    side = model.config.image
+    x = F.interpolate(torch.from_numpy(image)[None].to(device).float(), (side, side), mode="bilinear")
+    return data.normalise(x, mean_std)
+
+
 @torch.inference_mode()
 def predict(model, image, mean_std, device):
     """Image (3, H, W) uint8 of any size → {task: (C, S, S) activated output, numpy}.
 
     One at a time: in a batch the last bits depend on what else is in it, and so would the counts.
     """
-    side = model.config.image
-    x = F.interpolate(torch.from_numpy(image)[None].to(device).float(), (side, side), mode="bilinear")
     with data.autocast(device):
-        outputs, _ = model.eval()(data.normalise(x, mean_std))
+        outputs, _ = model.eval()(to_input(model, image, mean_std, device))
     return {task: metric_of(task).activate(x[0].float()).cpu().numpy() for task, x in outputs.items()}
 
 
@@ -459,10 +436,12 @@ def read_truth(root, id, tasks, image=None):
     from the files of these tasks (`image`, where given, is not read again)."""
     maps = data.maps_of(tasks)
     planes = torch.from_numpy(data.read_planes(root, id, maps, image))
-    targets = data.targets(planes[None], tasks)
-    labels = data.labels_of(planes[None], maps)[0].numpy() if "labelmap" in maps else None
-    truth = {task: metric_of(task).truth(targets[task][0].numpy(), labels) for task in tasks}
-    return data.pick(planes, "image", maps).numpy(), truth
+
+    def edges(labels):  # SEISM's; training has others
+        return torch.from_numpy(thin(seg2bmap(labels[0].numpy())))[None]
+
+    truth = data.targets(planes[None], tasks, edges=edges)
+    return data.pick(planes, "image", maps).numpy(), {task: x[0].numpy() for task, x in truth.items()}
 
 
 def _compare(job):
@@ -483,22 +462,19 @@ def _compare(job):
 def accumulate(model, dataset, mean_std, device, protocol=Protocol()):
     """{task: counts} of a model, summed over a split, and the same of a constant prediction.
 
-    The model runs here, the files are read and the counts made by workers, one image a job; memory does not
-    grow with the number of images.
+    The model runs here, the counts are made by workers, one image a job; memory does not grow with the number
+    of images.
     """
-    sums = {}, {}
-
-    def jobs(readers):
-        images = data.ahead(lambda id: data.read_map(dataset.root, "image", id, None), dataset.ids, readers)
-        for id, image in zip(dataset.ids, images):
+    def jobs():
+        for id in dataset.ids:
+            image = data.read_map(dataset.root, "image", id, None)
             yield dataset.root, id, image, predict(model, image, mean_std, device), protocol
 
-    with concurrent.futures.ThreadPoolExecutor(2) as readers, data.workers() as pool:
-        results = data.ahead(_compare, jobs(readers), pool, depth=4 * data.cores())
-        for result in data.progress(results, len(dataset), "evaluate"):
-            for total, counts in zip(sums, result):
-                for task in counts:
-                    total[task] = total.get(task, 0) + counts[task]
+    sums = {}, {}
+    for results in data.parallel(_compare, jobs(), len(dataset), "evaluate"):
+        for total, counts in zip(sums, results):
+            for task in counts:
+                total[task] = total.get(task, 0) + counts[task]
     return sums
 
 
@@ -506,6 +482,12 @@ def evaluate(model, dataset, mean_std="imagenet", device="cpu", protocol=Protoco
     """{task: metric} of a model on a `data.PascalContext`, at native size, in the units of `TASKS`."""
     counts, _ = accumulate(model, dataset, mean_std, torch.device(device), protocol)
     return {task: metric_of(task).value(total) for task, total in counts.items()}
+
+
+def metrics_of(counts):
+    """{task: metric} from counts summed over a split, as JSON has it: None for a task without any truth."""
+    metrics = {task: metric_of(task).value(total) for task, total in counts.items()}
+    return {task: None if math.isnan(value) else value for task, value in metrics.items()}
 
 
 # ----------------------------------------------------------------------------------------- Δm and baselines
@@ -516,7 +498,7 @@ BASELINES = {
     "resnet18": {"semseg": 60.1, "human_parts": 51.0, "sal": 63.2, "edge": 50.8, "normals": 15.4},
     # the survey of Vandenhende et al. 2021, its single-task baseline
     "survey": {"semseg": 66.2, "human_parts": 59.9, "sal": 66.3, "edge": 68.8, "normals": 13.9},
-    # single-task models (--experts 0 --tasks TASK) of four seeds on the default demo: assets/study.jsonl
+    # single-task models (--experts 0 --tasks TASK) of four seeds on the default demo: assets/study.md
     "demo": {"semseg": 46.41, "human_parts": 36.47, "sal": 62.24, "edge": 45.24, "normals": 20.73},
 }
 
@@ -533,576 +515,276 @@ def delta_m(metrics, baseline):
     return 100 * sum(gains) / len(gains)
 
 
+def default_baseline(root):
+    """The name of a data set's baseline; None where published figures would be those of other images."""
+    if (root / "demo.json").is_file():
+        return "demo" if json.loads((root / "demo.json").read_bytes()) == data.DEMO | {"seed": 0} else None
+    return "resnet18" if len(data.read_ids(root, "val")) == PASCAL_VAL else None
+
+
 # ------------------------------------------------------------------------------------------------------- runs
 
 
 class Run(NamedTuple):
     folder: Path
-    settings: dict  # config.json: the flags of train.py as resolved, and "model", the fields of ase.Config
+    settings: dict  # config.json: what train.py has resolved, and "model", the fields of ase.Config
     config: ase.Config  # of the tasks that are computed: all, or some of them
 
-    @property
-    def whole(self):
-        return len(self.config.tasks) == len(self.settings["model"]["tasks"])
 
-
-def open_run(folder):
-    """Read a run's config.json. Raises UserError for anything that is not a run of this code."""
+def open_run(folder, tasks=None):
+    """A run, for all its tasks or for some, "semseg,edge". Raises UserError for what is no run of this code."""
     path = Path(folder) / "config.json"
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+    if not path.is_file():
+        raise UserError(f"{folder} is no run folder, it has no config.json: name one that train.py made")
+    with data.reading(path, "broken, or made by other code; train again into another folder, --out DIR"):
+        settings = json.loads(path.read_bytes())
+        [settings[name] for name in ("data", "dataset", "mean_std", "epochs", "start", "tasks")]
         config = ase.Config(**settings["model"])
-        for task, channels in config.tasks.items():
-            if channels != TASKS[task].channels:
-                raise ValueError(f"{channels} channels for {task}, which has {TASKS[task].channels}")
-        data.MEAN_STD[settings["mean_std"]], Path(settings["data"])
-        return Run(Path(folder), settings, config)
-    except OSError:
-        raise UserError(f"{folder} is no run folder: it has no config.json; "
-                        "name a folder that train.py made") from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is broken, or made by other code ({type(error).__name__}: {error}): "
-                        "train again into another folder, --out DIR") from None
+    return Run(Path(folder), settings, replace(config, tasks=choose(config.tasks, tasks)))
 
 
-def load_checkpoint(path):
-    """What `train.py` saved. Raises UserError where there is nothing, or a broken file."""
-    if not Path(path).is_file():
-        raise UserError(f"no checkpoint {path}: the run has not "
-                        "finished its first epoch; start train.py again")
-    try:
+def load_checkpoint(folder):
+    """What `train.py` saved last. Raises UserError where there is nothing, or a broken file."""
+    path = Path(folder) / "checkpoint.pt"
+    if not path.is_file():
+        raise UserError(f"no checkpoint {path}: the run has not finished an epoch; start train.py again")
+    with data.reading(path, "delete it and start train.py again"):
         checkpoint = ase.load(path)
-        if not isinstance(checkpoint, dict) or not {"model", "optimizer", "epoch"} <= checkpoint.keys():
-            raise ValueError(f"{path} does not hold a model, its optimizer and the epoch")
+        [checkpoint[name] for name in ("model", "optimizer", "epoch")]
         return checkpoint
-    except ValueError as error:
-        raise UserError(f"{error}: delete it and start train.py again") from None
 
 
-def with_tasks(config, tasks):
-    """`config` for some of its tasks, named as "semseg,edge". Raises UserError for others."""
-    tasks = tasks.split(",")
-    unknown = [task for task in tasks if task not in config.tasks or tasks.count(task) > 1]
-    if unknown:
-        raise UserError(f"--tasks {','.join(tasks)}: {unknown[0]!r} is unknown or named twice; "
-                        f"expected some of {','.join(config.tasks)}")
-    return replace(config, tasks={task: n for task, n in config.tasks.items() if task in tasks})
+def choose(known, names):
+    """Those of {task: …} that are named as "semseg,edge", all without names. Raises UserError for others."""
+    chosen = names.split(",") if names else [*known]
+    for task in chosen:
+        if task not in known or chosen.count(task) > 1:
+            raise UserError(f"--tasks {names}: {task!r} is unknown or named twice; expected some of "
+                            f"{','.join(known)}")
+    return {task: value for task, value in known.items() if task in chosen}
 
 
 def load_model(run, device):
     """The trained model of a run, ready to predict `run.config.tasks`, which may be some of its tasks."""
     model = ase.ASE(run.config)
-    state = load_checkpoint(run.folder / "checkpoint.pt")["model"]
-    try:
-        if model.load_state_dict(state, strict=run.whole).missing_keys:
-            raise RuntimeError
-    except (RuntimeError, AttributeError, TypeError):
-        raise UserError(f"{run.folder}/checkpoint.pt does not fit its config.json: train again") from None
+    state = load_checkpoint(run.folder)["model"]
+    model.load_state_dict({name: state[name] for name in model.state_dict()})
     return model.to(device).eval()
 
 
-def file_of(run, dataset, args):
-    """Where a run's result is kept: metrics.json for the full default protocol, else a file of its own."""
-    def short(name, text):
-        return f"{name}-{zlib.crc32(text.encode()):08x}"
-
-    trained_on, told = Path(run.settings["data"]), []
-    # where that is gone, --data names the place where it is now
-    if args.data and trained_on.exists() and not trained_on.samefile(dataset.root):
-        told.append("data-" + short(dataset.root.resolve().name, str(dataset.root.resolve())))
-    if args.ids:
-        told.append("ids-" + short(Path(args.ids).stem, " ".join(dataset.ids)))
-    told += ["tasks-" + "-".join(run.config.tasks)] * (not run.whole)
-    told += ["quick"] * args.quick + ["no-nms"] * args.no_nms
-    told += [f"thresholds-{args.thresholds}"] * (args.thresholds != Protocol().thresholds)
-    return "-".join(["metrics", *told]) + ".json"
+def read_log(folder):
+    """The records of a run's log.jsonl, [] where there is none; a crash may have cut the last line."""
+    path, records = folder / "log.jsonl", []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return records
 
 
-def kept(folder, file, key):
-    """The result in a run's `file`, or None if that was computed from anything else."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        known = json.loads((folder / file).read_bytes())
-        return known if known["key"] == key else None
+def select_ids(ids, path):
+    """The ids that the file `path` lists, which must all be among `ids`."""
+    with data.reading(path, "expected ids of val.txt, one a line"):
+        wanted = list(dict.fromkeys(Path(path).read_text(encoding="utf-8").split()))
+        unknown = sorted(set(wanted) - set(ids))
+        if unknown or not wanted:
+            raise ValueError(f"it lists {unknown[0] if unknown else 'no id'}")
+        return wanted
 
 
-def metrics_of(counts):
-    """{task: metric} from counts summed over a split, as JSON has it: None for a task without any truth."""
-    metrics = {task: metric_of(task).value(total) for task, total in counts.items()}
-    return {task: None if math.isnan(value) else value for task, value in metrics.items()}
-
-
-def evaluate_run(run, args, device):
-    """The results of a run. If this code has judged this checkpoint by this protocol before, the kept ones;
-    else it is judged, drawn and kept."""
+def judge(run, args, device):
+    """A run's result under the protocol that args asks for, and a function that keeps it in the run's folder,
+    with pictures: None under any but the default protocol, and for other data than the run's own."""
     root = Path(args.data or run.settings["data"])
-    if not args.data and not root.exists():
+    if not root.exists():
         raise UserError(f"{run.folder} was trained on {root}, which is not there: name it, --data DIR")
-    data.remove_leavings(run.folder)
     dataset = data.PascalContext(root, "val", run.config.image, run.config.tasks)
     if args.ids:
         dataset.ids = select_ids(dataset.ids, args.ids)
-    protocol, file = Protocol(not args.no_nms, args.thresholds), file_of(run, dataset, args)
-    if args.quick:
-        dataset.ids = dataset.ids[::-(-len(dataset) // 50)]
-    stats = [path.stat() for path in run.folder.glob("checkpoint.pt")]
-    depends = [[(stat.st_size, stat.st_mtime_ns) for stat in stats], str(dataset.root.resolve()),
-               dataset.ids, list(run.config.tasks), protocol, run.settings]
-    code = b"".join(Path(path).read_bytes() for path in (ase.__file__, data.__file__, __file__))
-    key = hashlib.sha256(json.dumps(depends).encode() + code).hexdigest()
-    result = kept(run.folder, file, key)
-    if result:
-        print(f"{run.folder}: kept in {file} from {result['judged']}")
-        return result
-    start = time.time()
+    dataset.require_files()
+    own = data.fingerprint(root) == run.settings["dataset"]
+    protocol = Protocol(not args.no_nms, args.thresholds)
     model = load_model(run, device)
     counts, of_constant = accumulate(model, dataset, run.settings["mean_std"], device, protocol)
-    seconds = round(time.time() - start, 1)
-    print(f"{run.folder}: judged in {seconds:.0f} s")
-    result = {"metrics": metrics_of(counts), "constant": metrics_of(of_constant), "baseline": None,
-              "delta_m": None, "default_baseline": default_baseline(dataset.root),
-              "images": len(dataset), "data": str(dataset.root.resolve()), "file": file,
-              "judged": time.strftime("%Y-%m-%d %H:%M"), "seconds": seconds, "key": key}
-    # how many classes occur, in prediction or truth, and how many there are
-    result["classes"] = {task: [int(total.any(1).sum()), len(total)] for task, total in counts.items()
-                         if TASKS[task].metric == "miou"}
+    notes = [f"{len(dataset)} images at native size, {root}" + ("" if own else ", not the run's own data")]
+    notes += [f"{task}: the mean over the {total.any(1).sum()} of {len(total)} classes that occur"
+              for task, total in counts.items() if TASKS[task].metric == "miou" and not total.any(1).all()]
+    result = {"metrics": metrics_of(counts), "constant": metrics_of(of_constant), "notes": notes,
+              "epoch": load_checkpoint(run.folder)["epoch"], "baseline": default_baseline(root)}
     if "edge" in counts:
-        result["edge"] = {"thresholds": protocol.levels().tolist(), "counts": counts["edge"].tolist(),
-                          "nms": protocol.nms}
-    data.write_json(run.folder / file, result | {"key": None})  # no picture that fails costs the figures
-    draw_run(run, result, model, dataset, device)
-    data.write_json(run.folder / file, result)
-    return result
+        result["edge"] = {"thresholds": protocol.levels().tolist(), "counts": counts["edge"].tolist()}
+
+    def keep():
+        data.write_json(run.folder / "metrics.json", result)
+        draw_run(run, model, dataset, device)
+        print(f"kept in {run.folder}: metrics.json,", *sorted(path.name for path in run.folder.glob("*.png")))
+
+    return result, keep if own and args.default else None
 
 
-def read_log(folder):
-    """The records of a run's log.jsonl, [] where there is none."""
-    path, records = folder / "log.jsonl", []
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
-        # a crash or a full disk may have cut a line
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            record = json.loads(line)
-            if record["kind"] in ("step", "epoch") and record["step"] >= 0 and record["epoch"] >= 0:
-                records.append(record)
-    return records
+def results_of(runs, args, device, unwritten):
+    """[(run, result)] of the finished ones. A metrics.json is taken where it is newer than the checkpoint and
+    holds what is asked for, else the run is judged, and kept; an error in that is appended to `unwritten`."""
+    rows = []
+    for run in runs:
+        saved, kept, result = run.folder / "checkpoint.pt", run.folder / "metrics.json", None
+        if saved.is_file() and kept.is_file() and kept.stat().st_mtime >= saved.stat().st_mtime:
+            with data.reading(kept, "delete it"):
+                result = json.loads(kept.read_bytes())
+        epoch = (result or load_checkpoint(run.folder))["epoch"] if saved.is_file() else 0
+        if epoch < run.settings["epochs"]:
+            print(f"left out: {run.folder} has trained for {epoch} of its {run.settings['epochs']} epochs")
+            continue
+        own = not args.data or data.fingerprint(args.data) == run.settings["dataset"]
+        if not result or not own or not args.default:
+            result, keep = judge(run, args, device)
+            try:
+                if keep:
+                    keep()
+            except OSError as error:
+                unwritten.append(error)
+        rows.append((run, result))
+    return rows
+
+
+# -------------------------------------------------------------------------------------------------- the table
+
+
+def groups_of(rows):
+    """{name: [(run, result)]}: a row for runs that differ in nothing but the seed, and where files lie."""
+    groups, named = {}, {}
+    for run, result in rows:
+        flags = {k: v for k, v in run.settings.items() if k not in ("seed", "data", "weights", "extend")}
+        groups.setdefault(json.dumps(flags, sort_keys=True), []).append((run, result))
+    for group in groups.values():
+        name = str(group[0][0].folder)
+        if len(group) > 1:  # "ase ×2" of runs/ase-0 and runs/ase-1
+            name = f"{re.sub('[-_.]?[0-9]+$', '', Path(name).name) or name} ×{len(group)}"
+        named[f"{name} " if name in named else name] = group
+    return named
+
+
+def cell(values, form):
+    """Mean ± standard deviation of as many values as there are; "–" for a gap."""
+    if not values or None in values:
+        return "–"
+    spread = f" ±{format(np.std(values, ddof=1), form.lstrip('+'))}" if len(values) > 1 else ""
+    return f"{np.mean(values):{form}}{spread}"
+
+
+def parameters(run):
+    """(all, trained) parameters of a run's model, in millions; of one that was extended, what was added."""
+    with torch.device("meta"):
+        counts = ase.count(ase.ASE(run.config))
+        total, trained = (sum(n) for n in zip(*counts.values()))
+        if run.settings["start"] == "extended":
+            new = choose(ase.Config(**run.settings["model"]).tasks, ",".join(run.settings["tasks"]))
+            counts = ase.count(ase.ASE(replace(run.config, tasks=new)))
+            trained = sum(counts[part][1] for part in ase.OWN)
+    return total / 1e6, trained / 1e6
+
+
+def print_table(rows, name, baseline):
+    """A row for each group of runs, then what is to be told of them. baseline: {task: value}, its name."""
+    heads = [f"{task.title} {'↓' if task.lower_is_better else '↑'}" for task in TASKS.values()]
+    table = [["", "", *TASKS, "", "", ""], ["run", "(N/k/S/r)", *heads, "Δm %", "params M", "trained"]]
+
+    def add(label, numbers, metrics, *rest):
+        cells = [cell(metrics.get(task), ".2f") for task in TASKS]
+        table.append([label, numbers, *cells, *rest, *[""] * (3 - len(rest))])
+
+    for label, group in groups_of(rows).items():
+        run, c = group[0][0], group[0][0].config
+        metrics = {task: [result["metrics"][task] for _, result in group] for task in c.tasks}
+        gains = [delta_m(result["metrics"], baseline) if baseline and None not in result["metrics"].values()
+                 else None for _, result in group]
+        add(label, f"{c.experts}/{c.topk}/{c.shared}/{c.rank}" if c.experts else "no experts", metrics,
+            cell(gains, "+.2f"), *(f"{number:.2f}" for number in parameters(run)))
+    if baseline:
+        add(f"baseline {name}" if name in BASELINES else "baseline", "",
+            {task: [value] for task, value in baseline.items()})
+    constant = {task: [*{r["constant"][task] for _, r in rows if task in r["constant"]}] for task in TASKS}
+    add("constant", "", {task: found for task, found in constant.items() if len(found) == 1})
+
+    print()
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for first, *others in table:
+        cells = [first.ljust(widths[0]), *(text.rjust(width) for text, width in zip(others, widths[1:]))]
+        print("  ".join(cells).rstrip())
+    print("\n×: runs of several seeds, mean ± standard deviation" if len(groups_of(rows)) < len(rows) else "")
+    for note in dict.fromkeys(note for _, result in rows for note in result["notes"]):
+        print(note)
+    for run, result in rows:
+        if result["epoch"] < run.settings["epochs"]:
+            print(f"{run.folder} is not finished: {result['epoch']} of {run.settings['epochs']} epochs")
+    print(f"baseline: {name}")
+
+
+def baseline_of(rows, named, others, args):
+    """(name, {task: value}) of what Δm compares these rows with: the `named` one, the mean of `others`, which
+    are rows, too, or the default; (why there is none, {})."""
+    if others:
+        found = {task: [result["metrics"].get(task) for _, result in others] for task in TASKS}
+        means = {task: np.mean([v for v in values if v is not None] or 0) for task, values in found.items()}
+        return " ".join(args.baseline), {task: float(mean) for task, mean in means.items() if mean}
+    if not args.default:
+        return "none under this protocol; name runs, --baseline RUN…", {}
+    name, *more = [named] if named else {result["baseline"] for _, result in rows}
+    tasks = {task for _, result in rows for task in result["metrics"]}
+    if more or not name or tasks - BASELINES[name].keys():
+        return "none for this data set or these tasks; name runs, --baseline RUN…", {}
+    return name, BASELINES[name]
 
 
 # ----------------------------------------------------------------------------------------- python evaluate.py
 
 
-def named_baseline(args, device):
-    """What --baseline names, (name, {task: value}), judged where it is runs; None without it."""
-    names = args.baseline or []
-    if len(names) == 1 and names[0] in BASELINES:
-        return names[0], BASELINES[names[0]]
-    for name in names:
-        if not Path(name).is_dir():
-            raise UserError(f"--baseline {' '.join(names)}: {name} is no run folder; expected those, or one "
-                            f"of {', '.join(BASELINES)}, alone")
-    values = collections.defaultdict(list)
-    for run in [open_run(name) for name in names]:
-        for task, value in evaluate_run(run, args, device)["metrics"].items():
-            values[task] += [] if value is None else [value]
-    return (" ".join(names), {task: float(np.mean(v)) for task, v in values.items() if v}) if names else None
-
-
-def common_baseline(results):
-    """That of the data set, where these results have one in common; else (why none, {})."""
-    name, *more = {result["default_baseline"] for result in results}
-    tasks = {task for result in results for task in result["metrics"]}
-    if more or name not in BASELINES or tasks - BASELINES[name].keys():
-        return "none for this data set or these tasks; name runs, --baseline", {}
-    return name, BASELINES[name]
-
-
-def default_baseline(root):
-    """The name of a data set's baseline, "none" where published figures would be those of other images."""
-    made = root / "demo.json"
-    if made.exists():
-        with contextlib.suppress(OSError, ValueError):
-            return "demo" if json.loads(made.read_bytes()) == data.DEMO | {"seed": 0} else "none"
-        return "none"
-    return "resnet18" if len(data.read_ids(root, "val")) == PASCAL_VAL else "none"
-
-
-class Row(NamedTuple):
-    """A judged run: a row of a table, a line of a study."""
-
-    run: str        # its folder; in a study the folder's name
-    settings: dict  # as in `Run`
-    result: dict    # of `evaluate_run`
-    epochs: list    # of `routers_of`
-
-    @property
-    def config(self):
-        return with_tasks(ase.Config(**self.settings["model"]), ",".join(self.result["metrics"]))
-
-    @property
-    def trained(self):
-        """For how many epochs."""
-        return self.epochs[-1]["epoch"] if self.epochs else 0
-
-
-def routers_of(folder):
-    """What the routers of a run did, an entry for each epoch: means over its layers and tasks."""
-    epochs = []
-    for record in read_log(folder):
-        if record["kind"] == "epoch":
-            with contextlib.suppress(LookupError, TypeError, ValueError):
-                found = dict.fromkeys(("shared_mass", "information", "scale"))
-                if record["gates"]:
-                    update, ffn = np.moveaxis(np.array(record["scale"], float), -1, 0)
-                    found = {"shared_mass": np.mean(record["shared_mass"]),
-                             "information": np.mean(record["mutual_information"]),
-                             "scale": np.mean(update / ffn)}  # the experts' update, relative to the FFN's
-                    found = {name: round(float(x), 5) for name, x in found.items()}
-                conflict = {part: opposed(x) for part, x in record.get("conflict", {}).items()}
-                epochs.append(found | {"epoch": record["epoch"], "conflict": conflict})
-    return epochs
-
-
-def identity(settings, without=()):
-    """The flags of a run and of the one it extends, but for some of them. Of a path the end counts: data and
-    weights may lie elsewhere."""
-    flags = {"extend": None, "base": None, "seed": None} | settings | dict.fromkeys(without)
-    for flag, parts in ("data", 1), ("weights", 2), ("extend", 1):
-        flags[flag] = flags[flag] and "/".join(Path(flags[flag]).parts[-parts:])
-    return flags | {"base": flags["base"] and identity(flags["base"], without)}
-
-
-def seeds(settings):
-    """The seed of a run and, where it extends one of another seed, of that: (0,) or (1, 0)."""
-    before = seeds(settings["base"]) if settings.get("base") else ()
-    return tuple(dict.fromkeys([settings.get("seed"), *before]))
-
-
-def key_of(row, without=()):
-    """A text that two rows share if their runs have the same flags, but for `without`, and were judged by the
-    same protocol. Of a run that was extended its flags count, not its name."""
-    facts = identity(row.settings, (*without, "extend")), row.result["file"], Path(row.result["data"]).name
-    return json.dumps(facts, sort_keys=True)
-
-
-def write_study(path, rows):
-    """Keep rows of a table as a study: a line of JSON each, without where things lie."""
-    told = ("metrics", "constant", "images", "data", "file", "classes", "default_baseline")
-    text = ""
-    for row in rows:
-        result = {name: row.result[name] for name in told} | {"data": Path(row.result["data"]).name}
-        kept = Row(Path(row.run).name, identity(row.settings), result, row.epochs)
-        text += json.dumps(kept._asdict()) + "\n"
-    data.write_atomically(path, lambda file: file.write(text.encode()))
-    print(f"kept in {path}: {len(rows)} runs")
-
-
-def read_study(path):
-    """The rows that `write_study` has kept. Raises UserError for any other file."""
-    try:
-        rows = [Row(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-        for row in rows:
-            key_of(row), row.config, routing(row), conflicts(row)
-            [row.result[name] for name in ("constant", "images", "classes", "default_baseline")]
-        if not rows:
-            raise ValueError("it is empty")
-        return rows
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is no study ({type(error).__name__}: {error}): expected what evaluate.py "
-                        "--record has written") from None
-
-
-def groups_of(rows, each):
-    """{name: rows} for a table: runs that differ in nothing but the seed are one row, but for `each`."""
-    groups, named = {}, {}
-    for n, row in enumerate(rows):
-        groups.setdefault(n if each else (key_of(row, ["seed"]), row.trained), []).append(row)
-    for group in groups.values():
-        name = group[0].run
-        if len(group) > 1:  # "ase" of runs/ase-0 and runs/ase-1
-            name = re.sub(r"[-_.]?[0-9]+$", "", Path(name).name) or name
-        names = (f"{name} ({n})" if n > 1 else name for n in itertools.count(1))
-        named[next(name for name in names if name not in named)] = group
-    return named
-
-
-def title(name, group):
-    return f"{name} ×{len(group)}" if len(group) > 1 else name
-
-
-def standard_error(values):
-    """Of the mean of independent values: their standard deviation / √n."""
-    return np.std(values, ddof=1) / math.sqrt(len(values))
-
-
-def cell(values, form, error=False):
-    """Mean ± standard deviation, or ± standard error, of as many values as there are; "–" for a gap."""
-    if not values or None in values:
-        return "–"
-    if len(values) == 1:
-        return format(values[0], form)
-    deviation = standard_error(values) if error else np.std(values, ddof=1)
-    return f"{np.mean(values):{form}} ±{format(deviation, form.lstrip('+'))}"
-
-
-def print_rows(rows):
-    """Print lists of texts as a table: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for first, *rest in rows:
-        cells = [first.ljust(widths[0]), *(text.rjust(width) for text, width in zip(rest, widths[1:]))]
-        print("  ".join(cells).rstrip())
-
-
-def parameters(row):
-    """(all, trained) parameters of a run's model, in millions; of one that extends another, what it added."""
-    with torch.device("meta"):
-        counts = ase.count(ase.ASE(row.config))
-        total, trained = (sum(n) for n in zip(*counts.values()))
-        if row.settings.get("extend"):
-            new = with_tasks(ase.Config(**row.settings["model"]), row.settings["tasks"])
-            trained = sum(n for part, (_, n) in ase.count(ase.ASE(new)).items() if part in ase.OWN)
-    return total / 1e6, trained / 1e6
-
-
-def difference(group, first, columns, numbers, form):
-    """A group of runs less another one, run by run of one seed: the number of pairs, then for each column the
-    mean difference ± its standard error, * beyond two of them. None where there are no two pairs.
-
-    numbers: Row → {column: number}. A pair was judged on the same images by the same protocol; what is no
-    task's number is compared where both have the same tasks.
-    """
-    def judged(row):
-        tasks = "-tasks-" + "-".join(row.config.tasks)
-        return row.result["file"].replace(tasks, ""), Path(row.result["data"]).name, row.result["images"]
-
-    first = {(seeds(row.settings), judged(row)): row for row in first}
-    pairs = [(row, first.get((seeds(row.settings), judged(row)))) for row in group]
-    pairs = [pair for pair in pairs if pair[1]]
-    if len(pairs) < 2:
-        return None
-    cells = [f"{len(pairs)} pairs"]
-    for column in columns:
-        gains = []
-        for row, other in pairs:
-            a, b = numbers(row).get(column), numbers(other).get(column)
-            gap = None in (a, b) or column not in TASKS and row.config.tasks != other.config.tasks
-            gains.append(None if gap else a - b)
-        text = cell(gains, form, error=True)
-        if text != "–" and len(gains) > 2 and abs(np.mean(gains)) > 2 * standard_error(gains):
-            text += "*"
-        cells.append(text)
-    return cells if {*cells[1:]} != {"–"} else None
-
-
-def print_table(groups, baseline, values):
-    """A row for each group of runs, below it its difference to the first; then what is to be told of them.
-
-    baseline: its name, or why there is none; values: {task: value} of it.
-    """
-    first = next(iter(groups))
-    heads = [f"{task.title} {'↓' if task.lower_is_better else '↑'}" for task in TASKS.values()]
-    table = [["", "", *TASKS, "", "", ""], ["run", "(N/k/S/r)", *heads, "Δm %", "params M", "trained"]]
-    notes = collections.defaultdict(list)  # what is to be told → the groups it is told of
-
-    def add(label, numbers, metrics, *rest):
-        cells = (cell(metrics.get(task), ".2f") for task in TASKS)
-        table.append([label, numbers, *cells, *rest, *[""] * (3 - len(rest))])
-
-    for name, group in groups.items():
-        c = group[0].config
-        numbers = f"{c.experts}/{c.topk}/{c.shared}/{c.rank}" if c.experts else "no experts"
-        gains = cell([row.result["delta_m"] for row in group], "+.2f", error=True)
-        add(title(name, group), numbers,
-            {task: [row.result["metrics"][task] for row in group] for task in c.tasks},
-            gains, *(f"{number:.2f}" for number in parameters(group[0])))
-        cells = name != first and difference(
-            group, groups[first], [*TASKS, "Δm"],
-            lambda row: row.result["metrics"] | {"Δm": row.result["delta_m"]}, "+.2f")
-        if cells:
-            table.append([f"  less {first}", *cells, "", ""])
-        for result in (row.result for row in group):
-            told = [f"{result['images']} images at native size, {result['data']}"]
-            told += [f"{task}: the mean over the {found} of {classes} classes that occur"
-                     for task, (found, classes) in result["classes"].items() if 0 < found < classes]
-            told += [f"{task}: no truth in these images, and so no Δm"
-                     for task, value in result["metrics"].items() if value is None]
-            default = "" if result["file"] == "metrics.json" else ", which is not the full default protocol"
-            for note in [*told, f"kept in {result['file']}{default}"]:
-                notes[note] += [name] * (name not in notes[note])
-    if values:
-        label = f"baseline {baseline}" if baseline in BASELINES else "baseline"
-        add(label, "", {task: [value] for task, value in values.items()})
-    constant = collections.defaultdict(set)
-    for row in itertools.chain(*groups.values()):
-        for task, value in row.result["constant"].items():
-            constant[task].add(value)
-    add("constant", "", {task: [*values] if len(values) == 1 else None for task, values in constant.items()})
-    print()
-    print_rows(table)
-    print()
-    if any(len(group) > 1 for group in groups.values()):
-        print("metrics: mean ± standard deviation of the runs; Δm: mean ± standard error")
-    if any(cells[0].startswith("  less ") for cells in table):
-        print("less: mean difference of pairs of one seed ± standard error, * beyond two of them "
-              "(3 pairs or more)")
-    for note, named in notes.items():
-        print(note + (f" ({', '.join(named)})" if len(named) < len(groups) else ""))
-    print(f"baseline: {baseline}")
-
-
-def print_numbers(groups, numbers, heading):
-    """A table of other numbers, `numbers(row)` → {column: number}, of the runs that have any."""
-    groups = {name: [row for row in group if numbers(row)] for name, group in groups.items()}
-    groups = {name: group for name, group in groups.items() if group}
-    columns = list(dict.fromkeys(name for group in groups.values() for row in group for name in numbers(row)))
-    table = [["", "", *columns]]
-    for name, group in groups.items():
-        cells = (cell([numbers(row).get(column) for row in group], ".3f") for column in columns)
-        table.append([title(name, group), "", *cells])
-        first = next(iter(groups))
-        cells = name != first and difference(group, groups[first], columns, numbers, "+.3f")
-        if cells:
-            table.append([f"  less {first}", *cells])
-    if groups:
-        print(f"\n{heading}\n± as for metrics above")
-        print_rows(table)
-
-
-def routing(row):
-    """What the routers of a run did at its end, for `print_numbers`."""
-    if not row.epochs or row.epochs[-1]["shared_mass"] is None:
-        return {}
-    first, last = row.epochs[0], row.epochs[-1]
-    masses = first["shared_mass"], last["shared_mass"], last["shared_mass"] - first["shared_mass"]
-    columns = f"mass, epoch {first['epoch']}", "mass", "change"
-    found = dict(zip(columns, masses if row.config.shared else 3 * [None]))
-    return found | {"MI, nats": last["information"], "update/FFN": last["scale"]}
-
-
-def conflicts(row):
-    """How the tasks' gradients agreed at the end of a run, for `print_numbers`."""
-    found = {}
-    for part, (share, mean) in row.epochs[-1]["conflict"].items() if row.epochs else ():
-        part = part.removesuffix(" experts")
-        found |= {f"{part} < 0": share, f"{part}, mean": mean}
-    return found
-
-
-def select_ids(ids, path):
-    """The ids that the file `path` lists, which must all be among `ids`."""
-    try:
-        wanted = list(dict.fromkeys(Path(path).read_text(encoding="utf-8").split()))
-    except (OSError, UnicodeDecodeError):
-        raise UserError(f"cannot read the list of ids {path}: expected a text file, one id a line") from None
-    unknown = sorted(set(wanted) - set(ids))
-    if unknown or not wanted:
-        raise UserError(f"{path} lists {unknown[0] if unknown else 'no id'}: "
-                        "expected ids of val.txt, one a line")
-    return wanted
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("paths", nargs="+", metavar="RUN|PHOTO", help="run folders; photos, with one run")
+    parser.add_argument("paths", nargs="+", metavar="RUN|PHOTO",
+                        help="one run is judged, several are compared; photos, with one run")
     parser.add_argument("--baseline", nargs="+", metavar="NAME|RUN",
-                        help=f"what Δm compares with: {', '.join(BASELINES)}, or runs whose metrics "
-                             "together make one (default: demo on the default demo, resnet18 on "
-                             "PASCAL-Context, else none)")
-    parser.add_argument("--data", metavar="DIR",
-                        help="the data set (default: the one the run was trained on)")
+                        help=f"what Δm compares with: {', '.join(BASELINES)}, or runs whose metrics together "
+                             "make one (default: demo on the default demo, resnet18 on PASCAL-Context)")
+    parser.add_argument("--data", metavar="DIR", help="the data set (default: the run's own)")
     parser.add_argument("--device", help="cpu, cuda, … (default: cuda where there is one)")
-    parser.add_argument("--no-nms", action="store_true",
-                        help="odsF without non-maximum suppression, as MTLP has it")
+    parser.add_argument("--no-nms", action="store_true", help="odsF without non-maximum suppression")
     parser.add_argument("--thresholds", type=int, choices=(99, 101), default=101,
-                        help="of odsF: 99 is MTLP's 0.01 … 0.99, "
-                             "101 adds 0.001 and 0.999 (default %(default)s)")
+                        help="of odsF: 0.01 … 0.99, and 0.001 and 0.999 (default %(default)s)")
     parser.add_argument("--ids", metavar="FILE", help="judge only the ids listed in FILE, one a line")
     parser.add_argument("--tasks", metavar="A,B", help="compute and judge these tasks alone (default all)")
-    parser.add_argument("--each", action="store_true",
-                        help="a row for each run, also for those that differ in nothing but the seed")
-    parser.add_argument("--only", metavar="A,B", help="these rows alone; differences are to the first")
-    parser.add_argument("--record", metavar="FILE.jsonl",
-                        help="keep all rows as a study, which is named like a run the next "
-                             "time, and drawn as NAME.png here")
-    parser.add_argument("--quick", action="store_true", help="judge at most 50 images, spread over the split")
     return data.command(parser, run, argv)
 
 
 def run(args):
     device = data.pick_device(args.device)
-    files = [Path(p) for p in args.paths if Path(p).is_file()]
-    studies = [path for path in files if path.suffix == ".jsonl"]
-    photos = [path for path in files if path not in studies]
-    folders = [Path(p) for p in args.paths if Path(p) not in files]
-    early = [f for f in folders if f.is_dir() and not (f / "checkpoint.pt").is_file()]
-    if early and len(early) < len(folders):
-        print(f"left out, without a checkpoint yet: {', '.join(map(str, early))}")
-        folders = [folder for folder in folders if folder not in early]
-    runs = [open_run(folder) for folder in folders]
-    if args.tasks:
-        runs = [run._replace(config=with_tasks(run.config, args.tasks)) for run in runs]
-    if args.tasks and studies:
-        raise UserError(f"--tasks {args.tasks}: a study keeps runs as they were judged; name run folders")
-    if not runs and (photos or not studies):
-        raise UserError(f"no run folder among {', '.join(args.paths)}: "
-                        "name the one train.py made, such as run/")
+    args.default = not (args.ids or args.tasks or args.no_nms or args.thresholds == 99)
+    photos = [Path(path) for path in args.paths if Path(path).is_file()]
+    runs = [open_run(path, args.tasks) for path in args.paths if not Path(path).is_file()]
+    if not runs or photos and (len(runs) > 1 or len({photo.stem for photo in photos}) < len(photos)):
+        raise UserError(f"found {len(runs)} run folders and {len(photos)} photos: expected runs, or one run "
+                        "and photos of different names")
     if photos:
-        if len(runs) > 1:
-            raise UserError(f"{len(runs)} runs and photos: name one run with them")
-        names = collections.Counter(photo.stem for photo in photos)
-        twice = [str(photo) for photo in photos if names[photo.stem] > 1]
-        if twice:
-            raise UserError(f"{' and '.join(twice)} would be drawn into one picture: rename one")
         model = load_model(runs[0], device)
         for photo in photos:
             draw_photo(runs[0], photo, model, device)
         return
-    record = args.record and Path(args.record)
-    if record:
-        if record.suffix != ".jsonl" or not record.parent.is_dir():
-            raise UserError(f"--record {record}: expected a name in a folder that is there, ending in .jsonl")
-        studies = [record] * record.exists() + studies
-    rows = {key_of(row): row for path in studies for row in read_study(path)}
-    named = named_baseline(args, device)
-    for run in runs:
-        row = Row(str(run.folder), run.settings, evaluate_run(run, args, device), routers_of(run.folder))
-        same = rows.get(key_of(row))
-        if same and same.trained > row.trained:
-            print(f"{row.run} is left out: {same.run} has its flags, and has trained for more epochs")
-            continue
-        told = [(Path(r.run).name, r.result["metrics"]) for r in (same, row) if r]
-        if same and told[0] != told[1]:
-            print(f"{row.run} takes the place of {same.run}, which has its flags: they are one run here")
-        rows[key_of(row)] = row
-    groups = groups_of([*rows.values()], args.each)
-    if args.only:
-        only = args.only.split(",")
-        unknown = [name for name in only if name not in groups]
-        if unknown:
-            raise UserError(f"--only {args.only}: there is no row {unknown[0]!r}; expected some of "
-                            f"{', '.join(groups)}")
-        groups = {name: groups[name] for name in only}
-    shown = [*itertools.chain(*groups.values())]
-    baseline, values = named or common_baseline([row.result for row in shown])
-    for row in shown:
-        result = row.result
-        before = dict(result)
-        result["baseline"], result["delta_m"] = (baseline if values else None), None
-        if values and None not in result["metrics"].values():
-            result["delta_m"] = delta_m(result["metrics"], values)
-        if result != before and "key" in result:  # a run's own file, not a line of a study
-            data.write_json(Path(row.run) / result["file"], result)
-    print_table(groups, baseline, values)
-    if record:
-        write_study(record, [*rows.values()])
-    for study in ([record] if record else studies)[:1]:
-        print_numbers(groups, routing, "after the last epoch: gates of the shared experts (mass), mutual "
-                      "information, the experts' update divided\nby the FFN's output; means over layers and "
-                      "tasks")
-        print_numbers(groups, conflicts, "after the last epoch: cosines of the gradients of each pair of "
-                      "tasks, the share below 0 and the mean")
-        draw_study(f"{study.stem}.png", groups)
-        print(f"drawn: {study.stem}.png")
-    if runs:
-        pictures = sorted(p.name for p in runs[0].folder.glob("*.png"))
-        print(f"pictures in {runs[0].folder}: {', '.join(pictures)}")
+    named = args.baseline[0] if args.baseline and args.baseline[0] in BASELINES else None
+    others = [] if named else [open_run(path) for path in args.baseline or ()]
+    for task in set().union(*(run.config.tasks for run in runs)) if others else ():
+        if not any(task in other.config.tasks for other in others):
+            raise UserError(f"--baseline {' '.join(args.baseline)}: none has {task}; name more runs")
+    unwritten, keep = [], None
+    others = results_of(others, args, device, unwritten)
+    if len(runs) > 1:
+        rows = results_of(runs, args, device, unwritten)
+    else:
+        result, keep = judge(runs[0], args, device)
+        rows = [(runs[0], result)]
+    print_table(rows, *baseline_of(rows, named, others, args))
+    if keep:
+        keep()
+    if unwritten:
+        raise unwritten[0]
 
 
 # --------------------------------------------------------------------------------------------------- pictures
@@ -1124,6 +806,7 @@ def draw_predictions(path, samples):
 
 
 BLUE, PALE, ORANGE, GREY = (31, 98, 170), (175, 200, 230), (230, 110, 20), (200, 200, 200)
+PICTURES = ("predictions.png", "routing.png", "experts.png", "curves.png")
 
 
 def shade(values):
@@ -1140,39 +823,30 @@ def round_ticks(low, high):
 
 def plot(size, xlim, ylim, labels, series=(), heat=None, xticks=None, yticks=None):
     """A panel (H, W, 3) uint8 around axes of `size` (width, height), at twice that size: `sheet` shrinks it,
-    which smooths the lines. Labels: title, x, y. Series: (xs, ys, colour, line width, or 0 for dots, name at
-    its end), clipped to the axes. Heat: (rows, columns, 3) uint8, fills the axes, first row on top. Ticks:
-    numbers, or {number: text}."""
-    def named(ticks, lim):
-        ticks = round_ticks(*lim) if ticks is None else ticks
-        return ticks if isinstance(ticks, dict) else {tick: f"{tick:g}" for tick in ticks}
-
-    font, xticks, yticks = ImageFont.load_default(26), named(xticks, xlim), named(yticks, ylim)
-    left, top = max([136, *(24 + int(font.getlength(text)) for text in yticks.values())]), 56
+    which smooths the lines. Labels: title, x, y. Series: (xs, ys, colour, line width, or 0 for dots). Heat:
+    (rows, columns, 3) uint8, fills the axes, first row on top. Ticks: numbers, round ones if None."""
+    font, left, top = ImageFont.load_default(26), 136, 56
     right, bottom = left + 2 * size[0], top + 2 * size[1]
     panel = Image.new("RGB", (right + 60, bottom + 76), "white")
     draw = ImageDraw.Draw(panel)
     if heat is not None:
         panel.paste(Image.fromarray(heat).resize((right - left, bottom - top), Image.NEAREST), (left, top))
-    for tick, text in yticks.items():
+    for tick in round_ticks(*ylim) if yticks is None else yticks:
         y = np.interp(tick, ylim, (bottom, top))
         draw.line((left - 8, y, right if heat is None else left, y), "gainsboro", 2)
-        draw.text((left - 12, y), text, "dimgray", font, "rm")
-    for tick, text in xticks.items():
+        draw.text((left - 12, y), f"{tick:g}", "dimgray", font, "rm")
+    for tick in round_ticks(*xlim) if xticks is None else xticks:
         x = np.interp(tick, xlim, (left, right))
         draw.line((x, bottom, x, bottom + 8), "dimgray", 2)
-        draw.text((x, bottom + 12), text, "dimgray", font, "mt")
+        draw.text((x, bottom + 12), f"{tick:g}", "dimgray", font, "mt")
     draw.rectangle((left, top, right, bottom), outline="dimgray", width=2)
-    for xs, ys, colour, width, name in series:
-        points = zip(np.interp(xs, xlim, (left, right)), np.interp(ys, ylim, (bottom, top)))
-        points = [point for point in points if np.isfinite(point).all()]
+    for xs, ys, colour, width in series:
+        points = [*zip(np.interp(xs, xlim, (left, right)), np.interp(ys, ylim, (bottom, top)))]
         if width and len(points) > 1:
             draw.line(points, colour, 2 * width, joint="curve")
         else:
             for x, y in points:
                 draw.ellipse((x - 8, y - 8, x + 8, y + 8), colour, "white", 2)
-        for x, y in points[-1:]:
-            draw.text((x + 6, y), name, "dimgray", font, "lm")
     draw.text((left + 8, top - 14), labels[0], "black", font, "ls")
     draw.text(((left + right) / 2, bottom + 70), labels[1], "dimgray", font, "ms")
     draw.text((left - 12, top - 14), labels[2], "dimgray", font, "rs")
@@ -1182,15 +856,15 @@ def plot(size, xlim, ylim, labels, series=(), heat=None, xticks=None, yticks=Non
 def draw_experts(path, epochs, tasks, shared):
     """Draw Fig. 4: the mean gate of each expert in each layer, task by task, at the first, third and last
     epoch. Epochs: (number, gates (L, T, N), the shared experts first). Without experts nothing is drawn."""
-    gates = {number: np.nan_to_num(np.array(values, float), posinf=0) for number, values in epochs}
+    gates = {number: np.array(values) for number, values in epochs}
     shown = [number for i, number in enumerate(gates) if i in (0, 2, len(gates) - 1)]
     if not shown or gates[shown[0]].size == 0:
         return
     layers, _, experts = gates[shown[0]].shape
-    high = max(gates[number].max() for number in shown) or 1
+    high = max(gates[number].max() for number in shown)
     size = (experts * max(5, 288 // experts), layers * max(9, 96 // layers))
     edge, top = shared + 0.5, layers + 0.5
-    around = ([0.5, edge, edge, 0.5, 0.5], [0.5, 0.5, top, top, 0.5], ORANGE, 2, "")
+    around = ([0.5, edge, edge, 0.5, 0.5], [0.5, 0.5, top, top, 0.5], ORANGE, 2)
     axes = dict(
         size=size, labels=("shared" if shared else "", "expert", "layer"), series=[around] if shared else (),
         xlim=(0.5, experts + 0.5), xticks=range(experts, 0, -(1 + experts // 9)),
@@ -1201,13 +875,6 @@ def draw_experts(path, epochs, tasks, shared):
     bar = plot((size[0], 14), (0, high), (0, 1), ("", "mean gate", ""), heat=ramp, yticks=())
     titles = [f"epoch {number}" for number in shown]
     sheet([*rows, [bar]], titles, labels=tasks, cell=bar.shape[1] // 2, frame="white", path=path)
-
-
-def limits(values, low=0, high=100):
-    """The percentiles `low` and `high` of the finite ones among the values, 0 and 1 where there is none."""
-    values = np.array(values, float)
-    values = values[np.isfinite(values)]
-    return np.percentile(values, (low, high)) if values.size else (0, 1)
 
 
 def draw_curves(path, records, shared=0, topk=0):
@@ -1221,25 +888,25 @@ def draw_curves(path, records, shared=0, topk=0):
     axes = dict(size=(330, 190), xlim=(0, x[-1]))
     panels = []
     for task in tasks:
-        train = np.array([record["losses"][task] for record in steps.values()], float)
-        val = np.array([record["val"][task] for record in epochs.values()], float)
+        train = [record["losses"][task] for record in steps.values()]
+        val = [record["val"][task] for record in epochs.values()]
         mean = np.convolve(train, window, "same") / np.convolve(np.ones(len(x)), window, "same")
-        lines = [(x, train, PALE, 1, ""), (x, mean, BLUE, 2, ""), (list(epochs), val, ORANGE, 0, "")]
-        ylim = limits(np.concatenate([train, val]), 0, 99)
+        lines = [(x, train, PALE, 1), (x, mean, BLUE, 2), (list(epochs), val, ORANGE, 0)]
+        ylim = np.percentile(np.concatenate([train, val]), (0, 99))
         panels.append(plot(ylim=ylim, labels=(task, "step", "loss"), series=lines, **axes))
     rate = [record["lr"] for record in steps.values()]
-    lines = [(x, rate, BLUE, 2, "")]
-    panels.append(plot(ylim=(0, limits(rate)[1]), labels=("learning rate", "step", ""), series=lines, **axes))
+    lines = [(x, rate, BLUE, 2)]
+    panels.append(plot(ylim=(0, max(rate)), labels=("learning rate", "step", ""), series=lines, **axes))
     legend = [("training loss, each log record", PALE),
               ("its running mean", BLUE), ("validation loss", ORANGE)]
     if shared and epochs:
-        gates = np.array([record["gates"] for record in epochs.values()], float)         # (epochs, L, T, N)
+        gates = np.array([record["gates"] for record in epochs.values()])                # (epochs, L, T, N)
         shares = gates[..., :shared].sum(-1).mean(1).T                                   # (T, epochs)
         neutral = shared / (shared + topk)  # what they have where all logits are equal
-        lines = [((0, x[-1]), (neutral, neutral), GREY, 2, "")]
+        lines = [((0, x[-1]), (neutral, neutral), GREY, 2)]
         colours = [tuple(colour) for colour in data.PALETTE[1:1 + len(tasks)].tolist()]
-        lines += [(list(epochs), share, colour, 2, "") for share, colour in zip(shares, colours)]
-        ylim = 0, 1.1 * max(neutral, limits(shares)[1])
+        lines += [(list(epochs), share, colour, 2) for share, colour in zip(shares, colours)]
+        ylim = 0, 1.1 * max(neutral, shares.max())
         panels.append(plot(ylim=ylim, labels=("gates of the shared experts", "step", "sum"), series=lines,
                            **axes))
         legend += [("shared experts:", None), (f"all logits equal: {shared}/{shared + topk}", GREY)]
@@ -1248,110 +915,49 @@ def draw_curves(path, records, shared=0, topk=0):
     sheet(rows, legend=legend, cell=panels[0].shape[1] // 2, frame="white", path=path)
 
 
-def opposed(cosines):
-    """Of the pairs of tasks in a matrix (T, T): the share with a negative cosine, and the mean cosine. Tasks
-    that had no gradient, whose cosines are 0, are left out."""
-    known = np.diag(cosines) > 0
-    cosines = np.array(cosines)[known][:, known]
-    pairs = cosines[np.triu_indices(len(cosines), 1)]
-    return float((pairs < 0).mean()), float(pairs.mean())
+@torch.inference_mode()
+def gates_of(model, images, first=1):
+    """The gates of each token from the `first` on (0: class token), (layers with experts, T, B, P, N)."""
+    met = []  # by the experts of each layer: they and their input (T, B, L, D)
+    layers = [block.experts for block in model.eval().blocks if block.experts is not None]
+    hooks = [layer.register_forward_pre_hook(lambda layer, x: met.append((layer, *x))) for layer in layers]
+    model.features(images)
+    for hook in hooks:
+        hook.remove()
+    gates = [ase.gate(layer.logits(x), layer.shared, layer.topk, layer.gating) for layer, x in met]
+    return torch.stack(gates).unflatten(2, met[0][1].shape[1:3])[..., first:, :]
 
 
-def draw_conflicts(path, epochs, tasks):
-    """Draw the cosines of the tasks' gradients at the first, third and last epoch, red where negative, for
-    each part of the model. Epochs: (number, {part: (T, T)}). Of none, or one task, nothing is drawn."""
-    cosines = dict(epochs)
-    shown = [number for i, number in enumerate(cosines) if i in (0, 2, len(cosines) - 1)]
-    if not shown or len(tasks) < 2:
+def draw_routing(path, model, samples, mean_std, device):
+    """Draw the expert with the largest gate of each patch, in up to four layers, and the sum of the shared
+    experts' gates, mean over layers. Samples: (image (H, W, 3) uint8, …, {task: prediction})."""
+    c, rows, n = model.config, [], np.arange(model.config.experts)
+    if not c.experts:
         return
-    parts, ends = list(cosines[shown[0]]), (0.5, len(tasks) + 0.5)
-    ticks = range(len(tasks), 0, -1)
-    axes = dict(size=(200, 200), xlim=ends, ylim=ends, xticks=ticks, yticks=ticks)
-
-    def tint(values):
-        strength = np.sqrt(np.abs(values))[..., None]  # as in `shade`, small ones show
-        ink = np.where(values[..., None] < 0, (200, 30, 30), BLUE)
-        return (255 - strength * (255 - ink)).astype(np.uint8)
-
-    def panel(matrix):
-        share, mean = opposed(matrix)
-        labels = f"{share:.0%} negative, mean {mean:.2f}", "", ""
-        return plot(heat=tint(np.clip(matrix[::-1], -1, 1)), labels=labels, **axes)
-
-    rows = [[panel(cosines[number][part]) for number in shown] for part in parts]
-    legend = [("tasks", None), *((f"{n} {task}", "white") for n, task in enumerate(tasks, 1))]
-    legend += [("cosine", None)]
-    legend += [(f"{x:+g}", tuple(tint(np.array(x)).tolist())) for x in (-1, -0.1, 0.1, 1)]
-    titles = [f"epoch {number}" for number in shown]
-    sheet(rows, titles, legend, labels=parts, cell=rows[0][0].shape[1] // 2, frame="white", path=path)
-
-
-def draw_edges(path, counts, thresholds):
-    """Draw precision against recall of the edges from counts (K, 3), the split's pixels matched, predicted
-    and true at each of K thresholds, and the best F. Without true pixels nothing is drawn."""
-    matched, predicted, truth = np.asarray(counts, float).T
-    if not truth.any():
-        return
-    precision, recall = matched / np.where(predicted, predicted, np.nan), matched / truth
-    f = 2 * matched / (predicted + truth)  # = 2PR / (P + R)
-    best = f.argmax()
-    series = []
-    for level in np.arange(2, 10) / 10:  # the lines of equal F
-        r = np.linspace(level / (2 - level), 1, 100)
-        series.append((r, level * r / (2 * r - level), GREY, 1, f"{level}"))
-    series += [(recall, precision, BLUE, 2, ""), (recall[[best]], precision[[best]], ORANGE, 0, "")]
-    title = (f"odsF {100 * f[best]:.1f} at t = {thresholds[best]:.3g} "
-             f"(P {100 * precision[best]:.1f}, R {100 * recall[best]:.1f})")
-    panel = plot((420, 420), (0, 1), (0, 1), (title, "recall", "precision"), series)
-    legend = [(f"{len(f)} thresholds", BLUE), ("best F", ORANGE), ("equal F, as at the right", GREY)]
-    sheet([[panel]], legend=legend, cell=max(panel.shape) // 2, frame="white", path=path)
+    # hues far apart for neighbouring numbers; black for shared experts
+    hsv = np.stack([158 * n % 256, 255 - 100 * (n % 3 == 1), 255 - 80 * (n % 3 == 2)], 1).astype(np.uint8)
+    colours = np.array(Image.frombytes("HSV", (len(n), 1), hsv.tobytes()).convert("RGB"))[0]
+    colours[:c.shared] = 0
+    inputs = [to_input(model, image.transpose(2, 0, 1), mean_std, device) for image, *_ in samples]
+    gates = np.stack([gates_of(model, x)[:, :, 0].cpu().numpy() for x in inputs])
+    share = gates[..., :c.shared].sum(-1).mean(1)  # of gates (samples, layers, T, P, N)
+    grey = np.uint8(255 - 255 * share / (share.max() or 1))[..., None].repeat(3, -1)
+    shown = sorted({*np.linspace(0, gates.shape[1] - 1, 4).astype(int).tolist()})
+    for i, (image, *_, predictions) in enumerate(samples):
+        size = ImageOps.contain(Image.fromarray(image), (180, 180)).size
+        for t, task in enumerate(c.tasks):
+            maps = [colours[gates[i, layer, t].argmax(-1)] for layer in shown] + [grey[i, t]] * (c.shared > 0)
+            maps = [Image.fromarray(x.reshape(c.image // c.patch, -1, 3)).resize(size, 0) for x in maps]
+            rows.append([image, paint(TASKS[task], predictions[task]), *map(np.asarray, maps)])
+    titles = ["image", "prediction", *(f"layer {layer + 1}" for layer in shown), "shared experts"]
+    legend = [("largest gate: a sparse expert's (a colour each)", tuple(colours[-1].tolist())),
+              ("a shared expert's", (0, 0, 0)), ("sum of the shared experts' gates", None)]
+    legend += [(f"{x * share.max():.2g}", (int(255 - 255 * x),) * 3) for x in (0, 0.5, 1)]
+    sheet(rows, titles[:len(rows[0])], legend[:None if c.shared else 1], [*c.tasks] * len(samples), path=path)
 
 
-def draw_study(path, groups):
-    """Draw Δm of each group of runs, mean ± standard error, and their shared experts' gates over epochs."""
-    gains = {name: [row.result["delta_m"] for row in group] for name, group in groups.items()}
-    gains = {name: values for name, values in gains.items() if None not in values}
-    panels, legend = [], []
-    if gains:
-        series, ticks = [], {}
-        for y, (name, values) in zip(range(len(gains), 0, -1), gains.items()):
-            ticks[y], mean = f"{name} ({len(values)})", np.mean(values)
-            series.append(((0, mean), (y, y), PALE, 9, ""))
-            if len(values) > 1:
-                error = standard_error(values)
-                series.append(((mean - error, mean + error), (y, y), BLUE, 2, ""))
-        ends = [x for xs, *_ in series for x in xs]
-        panels.append(plot((330, 26 * len(gains)), (min(ends), max(ends)), (0.4, len(gains) + 0.6),
-                           ("gain over the baseline (runs): mean ± standard error", "%", ""),
-                           series, yticks=ticks))
-    lines = []
-    for name, group in groups.items():
-        c, epochs = group[0].config, [epoch["epoch"] for epoch in group[0].epochs]
-        masses = [[epoch["shared_mass"] for epoch in row.epochs] for row in group
-                  if [epoch["epoch"] for epoch in row.epochs] == epochs]  # no record is lacking
-        if c.experts and c.shared and c.gating == "joint" and epochs and None not in itertools.chain(*masses):
-            colour = tuple(data.PALETTE[1 + len(legend)].tolist())
-            neutral = c.shared / (c.shared + c.topk)  # as in `draw_curves`
-            lines += [(epochs, len(epochs) * [neutral], GREY, 2, ""),
-                      (epochs, np.mean(masses, 0), colour, 2, "")]
-            legend.append((name, colour))
-    if lines:
-        legend.append(("all logits equal", GREY))
-        epochs, masses = ([x for line in lines for x in line[n]] for n in (0, 1))
-        panels.append(plot((330, 260), (min(epochs), max(epochs)), (0, 1.1 * max(masses)),
-                           ("gates of the shared experts", "epoch", "sum"), lines,
-                           xticks=range(max(epochs), min(epochs) - 1, -(1 + max(epochs) // 9))))
-    if panels:
-        cell = max(panel.shape[1] for panel in panels) // 2
-        sheet([[panel] for panel in panels], legend=legend, cell=cell, frame="white", path=path)
-
-
-PICTURES = ("predictions", "experts", "curves", "edges", "conflicts")
-
-
-def draw_run(run, result, model, dataset, device):
-    """All pictures of a run, into its folder; those that depend on the protocol are named like its file."""
-    protocol = result["file"].removeprefix("metrics").removesuffix(".json")
+def draw_run(run, model, dataset, device):
+    """All pictures of a run, into its folder."""
     spread = dataset.ids[::max(1, len(dataset) // 40)][:40]
     images = [read_truth(dataset.root, id, list(run.config.tasks)) for id in spread]
 
@@ -1362,36 +968,30 @@ def draw_run(run, result, model, dataset, device):
     for image, truth in sorted(images, key=without_truth)[:6]:  # with people, where there are any
         activated = predict(model, image, run.settings["mean_std"], device)
         samples.append((image.transpose(1, 2, 0), truth, to_native(activated, image.shape[1:])))
-    draw_predictions(run.folder / f"predictions{protocol}.png", samples)
-    if "edge" in result:
-        edge = result["edge"]
-        draw_edges(run.folder / f"edges{protocol}.png", edge["counts"], edge["thresholds"])
+    draw_predictions(run.folder / "predictions.png", samples)
     config, records = run.config, read_log(run.folder)
-    try:
-        epochs = [(r["epoch"], r["gates"]) for r in records if r["kind"] == "epoch"]
-        draw_experts(run.folder / "experts.png", epochs, run.settings["tasks"].split(","), config.shared)
-        joint = config.experts and config.gating == "joint"
-        draw_curves(run.folder / "curves.png", records, config.shared if joint else 0, config.topk)
-        cosines = [(r["epoch"], r["conflict"]) for r in records if r.get("conflict")]
-        draw_conflicts(run.folder / "conflicts.png", cosines, run.settings["tasks"].split(","))
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        print(f"{run.folder}/log.jsonl is not as train.py writes it ({type(error).__name__}: {error}): "
-              "experts.png, curves.png or conflicts.png is left out")
+    draw_routing(run.folder / "routing.png", model, samples[:2], run.settings["mean_std"], device)
+    epochs = [(record["epoch"], record["gates"]) for record in records if record["kind"] == "epoch"]
+    draw_experts(run.folder / "experts.png", epochs, run.settings["tasks"], config.shared)
+    joint = config.experts and config.gating == "joint"
+    draw_curves(run.folder / "curves.png", records, config.shared if joint else 0, config.topk)
 
 
 def draw_photo(run, path, model, device):
     """A photo's predictions as one picture, run/NAME.png: turned as EXIF says, transparency on white."""
     out = run.folder / f"{path.stem}.png"
-    if out.exists() and (out.samefile(path) or path.stem.split("-")[0] in PICTURES):
+    if out.name in PICTURES or out.exists() and out.samefile(path):
         raise UserError(f"the predictions would replace {out}: rename {path}")
     with data.reading(path, "expected a photo that Pillow opens"):
-        photo = data.eight_bits(ImageOps.exif_transpose(Image.open(path)))
+        photo = ImageOps.exif_transpose(Image.open(path))
         if photo.has_transparency_data:
             photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo.convert("RGBA"))
         photo.thumbnail((2048, 2048))
         image = np.array(photo.convert("RGB")).transpose(2, 0, 1)
     activated = predict(model, image, run.settings["mean_std"], device)
-    draw_predictions(out, [(image.transpose(1, 2, 0), None, to_native(activated, image.shape[1:]))])
+    sample = image.transpose(1, 2, 0), None, to_native(activated, image.shape[1:])
+    draw_predictions(out, [sample])
+    draw_routing(out.with_stem(f"{out.stem}-routing"), model, [sample], run.settings["mean_std"], device)
     print(f"drawn: {out}")
 
 

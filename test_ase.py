@@ -1,5 +1,4 @@
-"""All tests: each proves by an independent route, on tiny sizes. `pytest test_ase.py`, under three
-minutes."""
+"""All tests, by independent routes and on tiny sizes. `pytest test_ase.py`: under three minutes."""
 
 import argparse
 import io
@@ -7,19 +6,18 @@ import itertools
 import json
 import math
 import os
-import platform
 import re
-import shlex
+import resource
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+import zlib
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import FrozenInstanceError, asdict
+from dataclasses import FrozenInstanceError
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -38,8 +36,9 @@ import ase
 import data
 import evaluate
 import train
+from assets import demo
 from data import IGNORE, PALETTE, TASKS, Task, boundaries, legend_of, paint, sheet, thin
-from evaluate import THRESHOLDS, draw_curves, draw_edges, draw_experts, draw_predictions
+from evaluate import THRESHOLDS, draw_curves, draw_experts, draw_predictions
 from evaluate import edge_counts, ods_f, suppress, thin_words, threshold_bits
 
 rng = np.random.default_rng(0)
@@ -50,8 +49,6 @@ ROOT = Path(__file__).parent
 # T = 2, L = 5 tokens, D = 18, N = 7, S = 2, K = 3, R = 4; B is 3. Equalities are claimed in float64.
 SMALL = dict(image=8, patch=4, dim=18, depth=2, heads=3, tasks={"semseg": 5, "edge": 1}, experts=7, topk=3,
              shared=2, rank=4, head_dim=8)
-SETTINGS = [(7, 3, 0), (7, 1, 1), (7, 3, 2), (3, 1, 2), (5, 5, 0)]  # N, K, S
-TABLE1 = ["103.52", "106.77", "108.25", "106.77", "108.25", "111.20"]  # millions, by hand
 both_gatings = pytest.mark.parametrize("gating", ["joint", "fixed"])
 
 
@@ -89,18 +86,13 @@ def gates_by_hand(z, shared, topk, gating):
 
 
 @both_gatings
-@pytest.mark.parametrize("experts, topk, shared", SETTINGS)
-def test_gates_are_the_equations_written_out(experts, topk, shared, gating):
+@pytest.mark.parametrize("experts, topk, shared", [(7, 3, 0), (7, 1, 1), (7, 3, 2), (3, 1, 2), (5, 5, 0)])
+def test_gates_are_the_equations_and_exactly_k_open_also_where_logits_tie(experts, topk, shared, gating):
     z = 2 * random(3, 11, experts)
     expected = [[gates_by_hand(token, shared, topk, gating) for token in row] for row in z.tolist()]
     np.testing.assert_allclose(ase.gate(z, shared, topk, gating).numpy(), expected, rtol=0, atol=1e-13)
-
-
-@both_gatings
-@pytest.mark.parametrize("experts, topk, shared", SETTINGS)
-def test_exactly_k_sparse_gates_open_also_when_logits_tie(experts, topk, shared, gating):
-    for z in (torch.zeros(13, experts), random(13, experts).round()):
-        gates = ase.gate(z, shared, topk, gating)
+    for ties in (torch.zeros(13, experts), random(13, experts).round()):
+        gates = ase.gate(ties, shared, topk, gating)
         assert (gates[:, shared:] > 0).sum(1).tolist() == [topk] * 13
         assert (gates[:, :shared] > 0).all()
 
@@ -109,7 +101,7 @@ def test_exactly_k_sparse_gates_open_also_when_logits_tie(experts, topk, shared,
 def test_gates_are_computed_in_float32_and_survive_huge_logits(gating):
     z = (3 * random(101, 7)).bfloat16()
     expected = ase.gate(z.double(), 2, 3, gating)
-    torch.testing.assert_close(ase.gate(z, 2, 3, gating), expected.float(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(ase.gate(z, 2, 3, gating), expected.float(), rtol=1e-5, atol=1e-6)
     huge = ase.gate(torch.tensor([1e4, -1e4, 2e4, 0]), 1, 2, gating)
     assert huge.tolist() == [0 if gating == "joint" else 1, 0, 1, 0]
 
@@ -119,45 +111,46 @@ def test_the_defaults_are_the_papers():
     assert (c.experts, c.topk, c.shared, c.rank, c.gating, c.lora) == (16, 3, 1, 4, "joint", 4)
     assert (c.image, c.patch, c.dim, c.depth, c.heads, c.head_dim) == (224, 16, 768, 12, 12, 256)
     assert len(c.tasks) == 5 and sum(c.tasks.values()) == 33
-    loras = [ase.Config(**change).lora for change in (dict(experts=0), dict(experts=0, lora=2), dict(lora=0))]
-    assert loras == [0, 2, 0]
+    plain = dict(experts=0, topk=99, shared=-1, rank=None)  # the last three do not matter then
+    assert [ase.Config(**x).lora for x in (plain, plain | dict(lora=2), dict(lora=0))] == [0, 2, 0]
     with pytest.raises(FrozenInstanceError):
         c.topk = 5
     c.tasks.clear()
     assert len(ase.Config().tasks) == 5  # no two share their default
 
 
+@pytest.mark.parametrize("topk, shared, gating", [
+    (16, 0, "joint"), (3, 13, "fixed"), (0, 1, "joint"), (1, 15, "fixed"), (3, -1, "joint"), (3, 1, "soft")])
+def test_experts_that_do_not_go_together_are_one_line_wherever_they_are_asked_for(topk, shared, gating):
+    flags = dict(topk=topk, shared=shared, gating=gating)
+    for make in (lambda: small(experts=15, **flags), lambda: ase.gate(torch.zeros(3, 15), **flags),
+                 lambda: ase.LoRAExperts(dim=5, tasks=2, experts=15, rank=1, **flags)):
+        with pytest.raises(ValueError, match="^[^\n]*expected[^\n]*$"):
+            make()
+
+
 @pytest.mark.parametrize("change, told", [
-    (dict(topk=0), "1 to 15"), (dict(topk=16), "1 to 15"), (dict(topk=3, shared=14), "1 to 2"),
-    (dict(shared=16), "at most 15"), (dict(shared=-1), "shared"), (dict(experts=-1), "experts"),
-    (dict(rank=0), "rank"), (dict(lora=-1), "lora"), (dict(depth=0), "depth"), (dict(head_dim=0), "head_dim"),
-    (dict(gating="soft"), "joint or fixed"), (dict(image=216, patch=12), "power of two"),
-    (dict(patch=1), "power of two"), (dict(image=225), "240"), (dict(image=0), "image"),
-    (dict(heads=5), "5 attention heads"), (dict(experts=2.5), "2.5"), (dict(topk=True), "True"),
-    (dict(dim="768"), "'768'"), (dict(tasks={}), "task"), (dict(tasks=["edge"]), "task"),
-    (dict(tasks={"edge": 0}), "edge"), (dict(tasks={"edge": 1.5}), "1.5"),
-    (dict(tasks={"a.b": 1}), "a.b"), (dict(experts=0, depth=-3), "depth"), (dict(experts=10**9), "experts"),
-    (dict(image=100_000), "image"), (dict(tasks={"edge": 10**9}), "edge"), (dict(noise=-0.5), "-0.5"),
-    (dict(noise=math.nan), "nan"), (dict(noise=math.inf), "inf"), (dict(noise=True), "True"),
-    (dict(noise=None), "noise")])
+    (dict(topk=16), "1 to 15"), (dict(shared=16), "16 of 16 experts shared: expected 0 to 15"),
+    (dict(experts=-1), "experts"), (dict(rank=0), "rank"), (dict(lora=-1), "lora"), (dict(depth=0), "depth"),
+    (dict(head_dim=0), "head_dim"), (dict(image=0), "image"), (dict(image=225), "multiple of the patch, 16"),
+    (dict(image=216, patch=12), "power of two"), (dict(patch=1), "patch"), (dict(heads=5), "5 heads"),
+    (dict(experts=2.5), "2.5"), (dict(topk=True), "True"), (dict(dim="768"), "'768'"),
+    (dict(tasks={}), "task"), (dict(tasks={"edge": 0}), "edge"), (dict(tasks={"edge": 1.5}), "1.5"),
+    (dict(tasks={"a.b": 1}), "a.b"), (dict(noise=-0.5), "-0.5"), (dict(noise=math.nan), "nan")])
 def test_a_bad_configuration_is_one_line_with_its_rule(change, told):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=f"^[^\n]*{told}[^\n]*$"):
         ase.Config(**change)
-    assert told in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("change", [dict(topk=99, shared=99), dict(topk=-1, shared=-1, rank=None)])
-def test_without_experts_k_s_and_r_do_not_matter(change):
-    assert ase.count(ase.ASE(small(experts=0, **change))) == ase.count(ase.ASE(small(experts=0)))
 
 
 @both_gatings
 @pytest.mark.parametrize("experts, topk, shared, rank", [(7, 3, 2, 4), (5, 2, 0, 1), (3, 1, 2, 2)])
-def test_fused_experts_equal_the_loop_in_output_and_gradients(experts, topk, shared, rank, gating):
-    config = small(experts=experts, topk=topk, shared=shared, rank=rank, gating=gating)
-    layer = randomise(experts_of(config))
+def test_fused_experts_are_the_loop_and_their_sum_written_out(experts, topk, shared, rank, gating):
+    """Output and gradients are the loop's, output and routing those of Σ g_i B_i A_i x with gates by hand;
+    routing is a mean over B·L tokens, shared first, probs before top-k."""
+    layer = randomise(experts_of(small(experts=experts, topk=topk, shared=shared, rank=rank, gating=gating)))
     x = random(2, 3, 5, 18).requires_grad_()
-    fused, loop = layer(x)[0], layer.reference(x)
+    fused, probs, gates = layer(x)
+    loop = layer.reference(x)
     torch.testing.assert_close(fused, loop, rtol=1e-10, atol=1e-11)
     of = [x, *layer.router.values(), layer.down, layer.up]
     weight = random(*x.shape, seed=2)
@@ -165,23 +158,14 @@ def test_fused_experts_equal_the_loop_in_output_and_gradients(experts, topk, sha
     for found, gradient in zip(torch.autograd.grad((fused * weight).sum(), of), expected):
         assert gradient.abs().max() > 0
         torch.testing.assert_close(found, gradient, rtol=1e-8, atol=1e-9)
-
-
-@both_gatings
-def test_update_and_routing_are_what_numpy_finds(gating):
-    """Σ g_i B_i A_i x by matrices; routing is a mean over B·L tokens, shared first, probs before top-k."""
-    layer = randomise(experts_of(small(gating=gating)))
-    x = random(2, 3, 5, 18)
-    update, probs, gates = (y.detach().numpy() for y in layer(x))
-    down, up = (p.detach().numpy() for p in (layer.down, layer.up))
     for t, router in enumerate((layer.router.semseg, layer.router.edge)):
-        z = x[t].numpy() @ router.detach().numpy()
-        g = np.array([[gates_by_hand(token, 2, 3, gating) for token in image] for image in z.tolist()])
-        expected = sum(g[..., i:i + 1] * (x[t].numpy() @ (up[i].T @ down[i]).T) for i in range(7))
-        np.testing.assert_allclose(update[t], expected, rtol=1e-9, atol=1e-11)
-        np.testing.assert_allclose(gates[t], g.mean((0, 1)), rtol=1e-9)
-        softmax = np.exp(z[..., 2:]) / np.exp(z[..., 2:]).sum(-1, keepdims=True)
-        np.testing.assert_allclose(probs[t], softmax.mean((0, 1)), rtol=1e-9)
+        tokens = x[t].flatten(0, 1)
+        z = tokens @ router
+        g = torch.tensor([gates_by_hand(token, shared, topk, gating) for token in z.tolist()], dtype=x.dtype)
+        update = sum(g[:, i:i + 1] * (tokens @ layer.down[i].T @ layer.up[i]) for i in range(experts))
+        torch.testing.assert_close(fused[t].flatten(0, 1), update, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(gates[t], g.mean(0))
+        torch.testing.assert_close(probs[t], z[:, shared:].softmax(1).mean(0))
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.5])
@@ -209,8 +193,8 @@ def test_without_noise_there_is_no_matrix_for_it_and_no_random_number():
     layer = randomise(experts_of(small(noise=0.0))).train()
     assert [name for name, _ in layer.named_parameters()] == ["down", "up", "router.semseg", "router.edge"]
     x, state = random(2, 3, 5, 18), torch.get_rng_state()
-    torch.testing.assert_close(layer.logits(x), torch.stack([y.flatten(0, 1) @ p for y, p in
-                                                             zip(x, layer.router.values())]))
+    expected = [y.flatten(0, 1) @ p for y, p in zip(x, layer.router.values())]
+    torch.testing.assert_close([*layer.logits(x)], expected)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -225,44 +209,22 @@ def test_a_fresh_layer_starts_as_the_paper_page_says():
         assert 0.95 < down.abs().max() * math.sqrt(300) <= 1.0001
 
 
-def test_attention_is_a_softmax_written_out():
-    attention = randomise(ase.Attention(small(lora=0)))
-    x = random(2, 3, 5, 18)
-    q, k, v = (x @ attention.qkv.weight.T + attention.qkv.bias).split(18, -1)
-    heads = []
-    for h in (slice(0, 6), slice(6, 12), slice(12, 18)):
-        scores = torch.exp(q[..., h] @ k[..., h].mT / math.sqrt(6))
-        heads.append(scores / scores.sum(-1, keepdim=True) @ v[..., h])
-    expected = torch.cat(heads, -1) @ attention.proj.weight.T + attention.proj.bias
-    torch.testing.assert_close(attention(x), expected, rtol=1e-9, atol=1e-9)
-
-
-def test_lora_adds_the_product_of_its_matrices_to_the_weight():
-    layer = randomise(ase.LoRALinear(7, 11, 3))
-    x = random(2, 3, 5, 7)
-    merged = layer.weight + layer.lora_up @ layer.lora_down
-    torch.testing.assert_close(layer(x), x @ merged.T + layer.bias)
-
-
 def torch_block(block):
-    """PyTorch's own encoder layer with the weights of ours; in training mode, off its fused path."""
+    """PyTorch's own encoder layer with the weights of ours, LoRA merged: W + B A."""
     theirs = nn.TransformerEncoderLayer(18, 3, 72, 0.0, "gelu", 1e-6, batch_first=True, norm_first=True)
-    theirs.double()
-    for to, ours in ((theirs.norm1, block.norm1), (theirs.norm2, block.norm2),
-                     (theirs.linear1, block.mlp.fc1), (theirs.linear2, block.mlp.fc2),
-                     (theirs.self_attn.out_proj, block.attn.proj)):
-        to.load_state_dict(ours.state_dict())
-    theirs.self_attn.in_proj_weight.data = block.attn.qkv.weight.data
-    theirs.self_attn.in_proj_bias.data = block.attn.qkv.bias.data
-    return theirs
+    linears = {"self_attn.in_proj_": block.attn.qkv, "self_attn.out_proj.": block.attn.proj,
+               "linear1.": block.mlp.fc1, "linear2.": block.mlp.fc2}
+    state = under("norm1.", block.norm1.state_dict()) | under("norm2.", block.norm2.state_dict())
+    for name, ours in linears.items():
+        state |= {name + "weight": ours.weight + ours.lora_up @ ours.lora_down, name + "bias": ours.bias}
+    theirs.double().load_state_dict(state)
+    return theirs  # in training mode, off its fused path
 
 
 def test_the_plain_vit_from_the_patches_to_the_final_norm():
-    """Patches cut by slicing, the class token first, PyTorch's encoder layers, the norm written out.
-
-    All is small, so that LayerNorm's eps shows: 1e-5 in place of 1e-6 is off by 1e-2.
-    """
-    model = randomise(ase.ASE(small(experts=0)))
+    """Patches cut by slicing, the class token first, PyTorch's encoder layers and its norm. All is small, so
+    that LayerNorm's eps shows: 1e-5 in place of 1e-6 is off by 1e-2."""
+    model = randomise(ase.ASE(small(experts=0, lora=4)))
     images = random(3, 3, 8, 8)
     for p in (model.patch_embed.proj.weight, model.patch_embed.proj.bias, model.cls_token, model.pos_embed):
         p.data *= 0.01
@@ -271,8 +233,7 @@ def test_the_plain_vit_from_the_patches_to_the_final_norm():
     x = torch.cat([model.cls_token.expand(3, 1, 18), patches], 1) + model.pos_embed
     for block in model.blocks:
         x = torch_block(block)(x)
-    x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
-    expected = x * model.norm.weight + model.norm.bias
+    expected = F.layer_norm(x, (18,), model.norm.weight, model.norm.bias, 1e-6)
     torch.testing.assert_close(model.features(images)[0], expected[None], rtol=1e-8, atol=1e-8)
 
 
@@ -282,19 +243,14 @@ def test_a_block_adds_its_experts_to_the_ffn():
     x = random(2, 3, 5, 18)
     y = x + block.attn(block.norm1(x))
     ffn, update = block.mlp(block.norm2(y)), block.experts.reference(block.norm2(y))
-    found, row = block(x)
-    torch.testing.assert_close(found, y + ffn + update, rtol=1e-9, atol=1e-9)
-    for t in range(2):
-        torch.testing.assert_close(row.power[t], torch.stack([(update[t] ** 2).mean(), (ffn[t] ** 2).mean()]))
+    torch.testing.assert_close(block(x)[0], y + ffn + update, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("patch", [2, 4, 16])
-def test_heads_are_as_large_as_the_image_and_the_closed_formula(patch):
+def test_heads_are_as_large_as_the_image(patch):
     head = ase.Head(small(image=3 * patch, patch=patch), 5)
     assert head(torch.randn(2, 10, 18)).shape == (2, 5, 3 * patch, 3 * patch)
     assert sum(getattr(m, "kernel_size", 0) == (3, 3) for m in head.layers) == math.log2(patch)
-    with torch.device("meta"):
-        assert sum(p.numel() for p in ase.Head(ase.Config(), patch).parameters()) == 3_543_552 + 257 * patch
 
 
 def test_a_head_sees_its_patches_in_place_and_not_the_class_token():
@@ -337,32 +293,22 @@ def vit_names(depth):
     return {"cls_token", "pos_embed"} | {f"{x}.{kind}" for x in layers for kind in ("weight", "bias")}
 
 
-class Adapted(ase.Block):
-    """A reader's block: an adapter after the experts."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.adapter = nn.Linear(config.dim, config.dim)
-
-    def forward(self, x):
-        x, *routing = super().forward(x)
-        return x + self.adapter(x), *routing
-
-
 @pytest.mark.parametrize("change", [dict(), dict(lora=0)])
 def test_what_a_reader_adds_is_trained_counted_and_not_asked_of_a_file(change, tmp_path, monkeypatch):
+    def with_adapter(config, block=ase.Block):
+        block = block(config)
+        block.adapter = nn.Linear(18, 18)
+        return block
+
     plain = ase.ASE(small(**change))
     write(tmp_path / "weights", backbone_of(small()))
-    monkeypatch.setattr(ase, "Block", Adapted)
+    monkeypatch.setattr(ase, "Block", with_adapter)
     model = ase.ASE(small(**change))
-    model.loss_weights = nn.Parameter(torch.ones(5))
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen == (set() if change else vit_names(2))
-    added = 2 * (18 * 18 + 18) + 5
+    added = 2 * (18 * 18 + 18)
     assert ase.count(model) == ase.count(plain) | {"others": (added, added)}
     assert f"{len(vit_names(2))} tensors loaded" in ase.load_backbone(model, tmp_path / "weights")
-    sum(p.sum() for p in model(torch.randn(3, 3, 8, 8))[0].values()).backward()
-    assert model.blocks[1].adapter.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("without", [(0,), (1, 2), (0, 1, 2)])
@@ -401,14 +347,18 @@ def test_a_loss_reaches_the_shared_experts_but_nothing_of_another_task():
             assert p.grad is None, name
 
 
-@pytest.mark.parametrize("change", [dict(), dict(experts=0)])
-def test_predictions_are_each_tasks_head_on_its_own_tokens(change):
-    model = randomise(ase.ASE(small(**change)))
-    predictions, _ = model(random(3, 3, 8, 8))
-    tokens, _ = model.features(random(3, 3, 8, 8))
-    assert list(predictions) == ["semseg", "edge"] and predictions["semseg"].shape == (3, 5, 8, 8)
-    torch.testing.assert_close(predictions["semseg"], model.heads["semseg"](tokens[0]))
-    torch.testing.assert_close(predictions["edge"], model.heads["edge"](tokens[-1]))
+def test_shapes_and_that_each_task_has_its_own_tokens_and_head():
+    """T = 2, B = 3, L = 5, seven blocks, D = 17, N = 13, N − S = 11; without experts one pass for all."""
+    images = random(3, 3, 8, 8)
+    for experts, passes, sizes in ((13, 2, ((7, 2, 11), (7, 2, 13))), (0, 1, ((0, 2, 0), (0, 2, 0)))):
+        model = randomise(ase.ASE(small(depth=7, dim=17, heads=1, experts=experts)))
+        tokens, routing = model.features(images)
+        predictions, _ = model(images)
+        assert tokens.shape == (passes, 3, 5, 17) and (routing.probs.shape, routing.gates.shape) == sizes
+        assert list(predictions) == ["semseg", "edge"] and predictions["semseg"].shape == (3, 5, 8, 8)
+        torch.testing.assert_close(predictions["semseg"], model.heads["semseg"](tokens[0]))
+        torch.testing.assert_close(predictions["edge"], model.heads["edge"](tokens[-1]))
+    assert ase.mutual_information(routing.probs).shape == (0,)
 
 
 def test_mutual_information_is_its_definition_and_has_its_extremes():
@@ -418,49 +368,28 @@ def test_mutual_information_is_its_definition_and_has_its_extremes():
         expected = sum(p[t, i] / 5 * np.log(p[t, i] / p[:, i].mean()) for t in range(5) for i in range(7))
         assert found.item() == pytest.approx(expected, rel=1e-10)
     assert ase.mutual_information(probs[:, :1].expand(3, 5, 7)).abs().max() < 1e-12
-    assert ase.mutual_information(torch.eye(5, 7)[None]).item() == pytest.approx(math.log(5), rel=1e-6)
+    assert ase.mutual_information(torch.eye(5, 7)[None]).item() == pytest.approx(math.log(5), rel=1e-5)
 
 
-def test_tokens_and_routing_have_their_shapes():
-    """T = 2, B = 3, L = 5, seven blocks, D = 17, N = 13, N − S = 11."""
-    config = dict(depth=7, dim=17, heads=1, experts=13)
-    tokens, routing = ase.ASE(small(**config)).features(torch.randn(3, 3, 8, 8))
-    assert (tokens.shape, routing.probs.shape, routing.gates.shape) == ((2, 3, 5, 17), (7, 2, 11), (7, 2, 13))
-    torch.testing.assert_close(routing.probs.sum(-1), torch.ones(7, 2))
-    torch.testing.assert_close(routing.gates.sum(-1), torch.ones(7, 2))
-    tokens, routing = ase.ASE(small(**config | dict(experts=0))).features(torch.randn(3, 3, 8, 8))
-    assert (tokens.shape, routing.probs.shape, routing.gates.shape) == ((1, 3, 5, 17), (0, 2, 0), (0, 2, 0))
-    assert ase.mutual_information(routing.probs).shape == (0,)
-
-
-@pytest.mark.parametrize("change", [dict(), dict(experts=0, lora=2)])
-def test_checkpointing_computes_twice_and_changes_nothing(monkeypatch, change):
-    calls, results, ffn = [], [], ase.FFN.forward
-    monkeypatch.setattr(ase.FFN, "forward", lambda self, x: calls.append(self) or ffn(self, x))
-    for checkpointing, computed in ((False, 2), (True, 2 + 4)):
+@pytest.mark.parametrize("change", [dict(), dict(gating="fixed"), dict(experts=0, lora=2)])
+def test_checkpointing_computes_twice_compiling_makes_one_graph_and_neither_changes_anything(change):
+    results, calls = [], []
+    for kind in ("plain", "checkpointing", "compiled"):
         model = randomise(ase.ASE(small(**change))).train()
-        model.checkpointing = checkpointing
+        model.checkpointing = kind == "checkpointing"
+        network = model
+        if kind == "compiled":
+            network = torch.compile(model, backend="eager", fullgraph=True)  # raises at a graph break
+        else:
+            model.blocks[0].mlp.register_forward_pre_hook(lambda *_, kind=kind: calls.append(kind))
         torch.manual_seed(3)  # the same router noise
-        predictions, routing = model(random(3, 3, 8, 8))
-        sum(p.square().mean() for p in [*predictions.values(), routing.probs, routing.gates]).backward()
+        predictions, routing = network(random(3, 3, 8, 8))
+        sum(p.square().mean() for p in [*predictions.values(), *routing]).backward()
         gradients = [p.grad for p in model.parameters() if p.requires_grad]
         results.append([*predictions.values(), *routing, *gradients])
-        assert len(calls) == computed
-    for plain, recomputed in zip(*results, strict=True):
-        torch.testing.assert_close(recomputed, plain, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("change", [dict(), dict(gating="fixed"), dict(experts=0)])
-def test_the_model_compiles_as_one_graph(change):
-    model = ase.ASE(small(**change))
-    images = torch.randn(2, 3, 8, 8)
-    for mode in (model.train(), model.eval()):
-        torch.manual_seed(3)
-        expected, _ = mode(images)
-        torch.manual_seed(3)
-        found, _ = torch.compile(mode, backend="eager", fullgraph=True)(images)  # raises at a graph break
-        torch.testing.assert_close(found, expected)
-        sum(x.sum() for x in found.values()).backward()
+    for found in results[1:]:
+        torch.testing.assert_close(found, results[0], rtol=1e-10, atol=1e-12)
+    assert calls == ["plain", "checkpointing", "checkpointing"]
 
 
 class NoQuestions(TorchDispatchMode):
@@ -481,12 +410,11 @@ def test_no_step_waits_for_the_device(mini):
     """From the planes of the maps to the changed weights, as in train.py's loop; logging comes after."""
     model = ase.ASE(ase.Config(image=32, dim=12, depth=2, heads=2, head_dim=8, experts=5, topk=2, rank=2))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
-    canvas = data.PascalContext(mini, "train", 32).canvas(range(3))
+    canvas = next(data.PascalContext(mini, "train", 32).canvases([[0, 1, 2]], torch.device("cpu")))
     warps = data.random_warps(3, torch.Generator().manual_seed(0))
-    with pytest.raises(AssertionError, match="waits"), NoQuestions():
-        canvas[0].any().item()
-    with pytest.raises(AssertionError, match="waits"), NoQuestions():
-        canvas[0][canvas[0] > 3]
+    for question in (lambda: canvas[0].any().item(), lambda: canvas[0][canvas[0] > 3]):
+        with pytest.raises(AssertionError, match="waits"), NoQuestions():
+            question()
     before = model.heads["sal"].layers[0].weight.clone()
     with NoQuestions():
         batch = data.warp(*canvas, 32, "imagenet", target_to_source=warps)
@@ -501,8 +429,7 @@ def test_no_step_waits_for_the_device(mini):
 def test_routers_stay_in_float32_under_autocast_and_in_a_model_of_bfloat16():
     model, x = ase.ASE(small()).eval(), torch.randn(2, 3, 5, 18)
     with torch.autocast("cpu", torch.bfloat16):
-        z = model.blocks[0].experts.logits(x)
-        routing = model.features(torch.randn(3, 3, 8, 8))[1]
+        z, routing = model.blocks[0].experts.logits(x), model.features(torch.randn(3, 3, 8, 8))[1]
     routers = torch.stack([*model.blocks[0].experts.router.values()])
     torch.testing.assert_close(z, x.flatten(1, 2) @ routers)
     half = experts_of(small()).bfloat16()
@@ -520,15 +447,13 @@ def test_a_gpu_computes_what_a_cpu_does():
         model = randomise(ase.ASE(small())).to(device)
         predictions, routing = model(random(3, 3, 8, 8).to(device))
         sum(p.square().mean() for p in [*predictions.values(), *routing]).backward()
-        gradients = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
         results.append([x.cpu() for x in (*predictions.values(), *routing, *gradients)])
     assert len(results[0]) > 30
-    for expected, found in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(*results, rtol=1e-8, atol=1e-9)
 
 
 # ---------------------------------------------------------------------------------------- pretrained weights
-
 
 def backbone_of(config):
     """The ViT of a random model, as a file of pretrained weights holds it: no LoRA, no experts, no heads."""
@@ -536,93 +461,83 @@ def backbone_of(config):
     return {name: p.data for name, p in model.named_parameters() if name in vit_names(config.depth)}
 
 
-HUGGING_FACE = {  # timm's names → those of transformers' ViTModel
+HUGGING_FACE = {  # timm's names, qkv apart → those of transformers' ViTModel
     "cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings",
     "patch_embed.proj": "embeddings.patch_embeddings.projection", "norm1": "layernorm_before",
     "norm2": "layernorm_after", "norm.": "layernorm."}
 SAVED = HUGGING_FACE | {  # as its save_pretrained writes them
-    "blocks.": "encoder.layer.", "attn.qkv": "attention.attention.query|key|value",
+    "blocks.": "encoder.layer.", "attn.q.": "attention.attention.query.",
+    "attn.k.": "attention.attention.key.", "attn.v.": "attention.attention.value.",
     "attn.proj": "attention.output.dense", "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
 IN_MEMORY = HUGGING_FACE | {  # as version 5 has them in memory
-    "blocks.": "layers.", "attn.qkv": "attention.q_proj|k_proj|v_proj", "attn.proj": "attention.o_proj"}
+    "blocks.": "layers.", "attn.q.": "attention.q_proj.", "attn.k.": "attention.k_proj.",
+    "attn.v.": "attention.v_proj.", "attn.proj": "attention.o_proj"}
 
 
-def transformers_names(state, names, prefix):
+def transformers_names(state, names):
     """The weights under other names: query, key and value apart, and the model's pooler."""
-    theirs = {f"{prefix}pooler.dense.weight": torch.zeros(2, 2)}
+    theirs = {"pooler.dense.weight": BESIDE}
     for name, x in state.items():
-        for timm, new in names.items():
-            name = name.replace(timm, new)
-        before, bar, after = name.partition("|")
-        if bar:
-            (module, query), (rest, kind) = before.rsplit(".", 1), after.rsplit(".", 1)
-            split = zip((query, *rest.split("|")), x.chunk(3))
-            theirs |= {f"{prefix}{module}.{which}.{kind}": third for which, third in split}
-        else:
-            theirs[prefix + name] = x
+        for letter, third in zip("qkv", x.chunk(3)) if "qkv" in name else [("", x)]:
+            other = name.replace("qkv", letter)
+            for timm, new in names.items():
+                other = other.replace(timm, new)
+            theirs[other] = third
     return theirs
 
 
-def under(prefix, state):
-    return {prefix + name: x for name, x in state.items()}
+def under(prefix, state, shift=0):
+    """The weights under a prefix; shifted, they are others, which must not be taken."""
+    return {prefix + name: x + shift for name, x in state.items()}
 
 
-def safetensors(state, dtype="F32", header=None, length=None):
-    """The bytes of such a file: header length, JSON, numbers; bfloat16 is the upper half of a float32."""
+def safetensors(state, dtype="F32"):
+    """The bytes of such a file: header length, JSON, numbers."""
+    kind = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[dtype]
     entries, body = {"__metadata__": {"format": "pt"}}, b""
     for name, x in state.items():
-        x = x.bfloat16().float() if dtype == "BF16" else x
-        upper = (x.numpy().view("<u4") >> 16).astype("<u2")
-        numbers = {"F32": x.numpy(), "F16": x.half().numpy(), "BF16": upper}
-        start, body = len(body), body + numbers[dtype].tobytes()
+        start, body = len(body), body + x.to(kind).view(torch.uint8).numpy().tobytes()
         entries[name] = {"dtype": dtype, "shape": list(x.shape), "data_offsets": [start, len(body)]}
-    text = json.dumps(header or entries).encode()
-    return (len(text) if length is None else length).to_bytes(8, "little") + text + body
+    text = json.dumps(entries).encode()
+    return len(text).to_bytes(8, "little") + text + body
 
 
 def write(path, content):
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
 
 
-FORMATS = {  # a name → what the file holds, and how exactly
-    "bare": (lambda s: s, 1e-5),
-    "model": (lambda s: {"model": s, "epoch": 3}, 1e-5),
-    "state_dict": (lambda s: {"state_dict": under("module.backbone.", s)}, 1e-5),
-    "one inside another": (lambda s: {"state_dict": {"model": under("encoder.", s)}, "epoch": 3}, 1e-5),
-    "Lightning": (lambda s: {"state_dict": {"loss.w": torch.ones(2)} | under("model.backbone.", s)}, 1e-5),
-    "DINO": (lambda s: {"student": under("module.backbone.", twisted(s)),
-                        "teacher": under("backbone.", s) | {"head.mlp.0.weight": torch.ones(2)}}, 1e-5),
-    "student before teacher": (lambda s: {"model": under("student.backbone.", twisted(s))
-                                          | under("teacher.backbone.", s)}, 1e-5),
-    "MoCo v3": (lambda s: {"state_dict": under("module.base_encoder.", s | {"head.0.weight": torch.ones(2)})
-                           | under("module.momentum_encoder.", twisted(s))}, 1e-5),
-    "MAE": (lambda s: {"model": s | {"mask_token": torch.ones(2), "decoder_pos_embed": torch.ones(2),
-                                     "decoder_blocks.0.norm1.weight": torch.ones(2)}}, 1e-5),
-    "augreg": (lambda s: s | {"pre_logits.fc.weight": torch.ones(2), "head.weight": torch.ones(2)}, 1e-5),
-    "f32": (safetensors, 1e-5),
-    "f16": (lambda s: safetensors(s, "F16"), 0.02),
-    "bf16": (lambda s: safetensors(s, "BF16"), 0.2),
-    "transformers": (lambda s: transformers_names(s, SAVED, "vit."), 1e-5),
-    "transformers, f32": (lambda s: safetensors(transformers_names(s, SAVED, "vit.")), 1e-5),
-    "transformers in memory": (lambda s: transformers_names(s, IN_MEMORY, ""), 1e-5),
-    "transformers in memory, of a classifier": (lambda s: transformers_names(s, IN_MEMORY, "vit."), 1e-5),
+BESIDE = torch.ones(2)  # a tensor that is no part of a ViT
+FORMATS = {  # a name → what the file holds
+    "timm": lambda s: s | {"pre_logits.fc.weight": BESIDE, "head.weight": BESIDE},
+    "one inside another": lambda s: {"state_dict": {"model": under("encoder.", s)}, "epoch": 3},
+    "Lightning": lambda s: {"state_dict": {"loss.w": BESIDE} | under("model.backbone.", s)},
+    "DINO": lambda s: {"student": under("module.backbone.", s, 1),
+                       "teacher": under("backbone.", s) | {"head.mlp.0.weight": BESIDE},
+                       "args": argparse.Namespace(lr=0.1)},
+    "student before teacher": lambda s: {"model": under("student.vit.", s, 1) | under("teacher.vit.", s)},
+    "MoCo v3": lambda s: {"state_dict": under("module.base_encoder.", s | {"head.0.weight": BESIDE})
+                          | under("module.momentum_encoder.", s, 1)},
+    "MAE": lambda s: {"model": s | {"mask_token": BESIDE, "decoder_pos_embed": BESIDE,
+                                    "decoder_blocks.0.norm1.weight": BESIDE}},
+    "f32": safetensors,
+    "f16": lambda s: safetensors(s, "F16"),
+    "bf16": lambda s: safetensors(s, "BF16"),
+    "transformers": lambda s: under("vit.", transformers_names(s, SAVED)),
+    "transformers in memory": lambda s: transformers_names(s, IN_MEMORY),
 }
-
-
-def twisted(state):
-    """Other weights of the same shapes, which must not be taken."""
-    return {name: x + 1 for name, x in state.items()}
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_one_vit_in_every_format_gives_the_same_features(tmp_path, name):
-    content, tolerance = FORMATS[name]
-    source, model = randomise(ase.ASE(small(experts=0))).float(), ase.ASE(small()).eval()
-    write(tmp_path / "weights", content(backbone_of(small(experts=0))))
-    told = ase.load_backbone(model, str(tmp_path / "weights"))
-    images = random(3, 3, 8, 8).float()
-    expected = source.features(images)[0].expand(2, 3, 5, 18)
-    torch.testing.assert_close(model.features(images)[0], expected, rtol=0, atol=tolerance)
+    state, model = backbone_of(small(experts=0)), ase.ASE(small()).eval()
+    source = randomise(ase.ASE(small(experts=0))).float()
+    path = tmp_path / "it's \"mine\" ✓.pth"
+    write(path, FORMATS[name](state))
+    told = ase.load_backbone(model, str(path))
+    images = random(3, 3, 8, 8)
+    expected = source.double().features(images)[0].expand(2, 3, 5, 18)
+    tolerance = {"f16": 0.02, "bf16": 0.2}.get(name, 1e-10)
+    torch.testing.assert_close(model.double().features(images)[0], expected, rtol=0, atol=tolerance)
     assert "\n" not in told and ("pooler" in told) == ("transformers" in name)
 
 
@@ -639,140 +554,73 @@ def test_position_embeddings_of_another_grid_are_resized(tmp_path):
         grid = model.pos_embed[0, 1:].detach().unflatten(0, (side, side))
         torch.testing.assert_close(grid[..., 2:], torch.full((side, side, 16), 3.0))
         torch.testing.assert_close(grid[..., 1], grid[:1, :, 1].expand(side, side))
-        assert grid[0, :, 1].diff().gt(0).all() and grid[..., 1].mean().item() == pytest.approx(1.5, abs=1e-5)
+        assert grid[0, :, 1].diff().gt(0).all() and grid[..., 1].mean().item() == pytest.approx(1.5, abs=1e-4)
 
 
-def test_weights_of_another_width_name_the_preset_that_they_fit(tmp_path):
-    tiny = ase.Config(**ase.BACKBONES["vit_tiny"])
-    write(tmp_path / "weights", backbone_of(tiny))
-    assert ase.backbone_for(tmp_path / "weights") == "vit_tiny"
-    with pytest.raises(ValueError, match=f"width {tiny.dim}, .*width 18, .*--backbone vit_tiny"):
-        ase.load_backbone(ase.ASE(small()), tmp_path / "weights")
+FAULTS = [  # what the file holds, what is said of it
+    (lambda s: b"", "cannot read"), (lambda s: b"are these weights?", "cannot read"),
+    (lambda s: b"cos\nsystem\n(S'touch executed'\ntR.", "cannot read"),  # a pickle that runs a command
+    (lambda s: s | {"best": np.float64(0.5)}, "cannot read"),  # pickled by a function of numpy's
+    (lambda s: BESIDE, "holds no ViT"), (lambda s: {"fc\nweight": BESIDE}, r"holds no ViT .*fc\\nweight"),
+    (lambda s: {name.replace("norm.", "fc_norm."): x for name, x in s.items()}, "lacks norm.weight"),
+    (lambda s: transformers_names(s, IN_MEMORY | {"attn.k.": "lost."}), "lacks blocks.0.attn.qkv.weight"),
+    (lambda s: s | {"norm.bias": torch.zeros(17)}, r"norm.bias .*\(17,\).*\(18,\)"),
+    (lambda s: backbone_of(small(image=16, patch=8)), r"patch_embed.*3, 8, 8\).*3, 4, 4\)"),
+    *((lambda s, shape=shape: s | {"pos_embed": torch.zeros(shape)}, "positions: not|pos_embed in")
+      for shape in ((1, 7, 18), (1, 1, 18), (2, 5, 18), (18,))),
+    (lambda s: backbone_of(small(depth=3)), "blocks.2.norm1.weight, for which the model has no place"),
+    *((lambda s, name=name: s | {name: BESIDE}, f"holds {name}, for which") for name in (
+        "dist_token", "reg_token", "norm_pre.weight", "blocks.0.ls1.gamma", "blocks.1.attn.k_norm.weight"))]
 
 
-def test_weights_are_read_once_and_serve_several_models(tmp_path, monkeypatch):
-    read, calls = ase.load, []
-    monkeypatch.setattr(ase, "load", lambda path: calls.append(path) or read(path))
-    tiny = ase.BACKBONES["vit_tiny"] | dict(head_dim=8)
-    write(tmp_path / "weights", backbone_of(ase.Config(**tiny)))
-    pretrained = ase.read_backbone(tmp_path / "weights")
-    assert ase.backbone_for(pretrained) == "vit_tiny"
-    smaller, same = ase.ASE(ase.Config(**tiny | dict(image=80))), ase.ASE(ase.Config(**tiny))
-    assert "from 12×12 to 10×10" in ase.load_backbone(smaller, pretrained)
-    assert "resized" not in ase.load_backbone(same, pretrained)
-    assert torch.equal(same.pos_embed, read(tmp_path / "weights")["pos_embed"]) and len(calls) == 1
-
-
-def header(**changes):
-    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-    return safetensors({}, header={"cls_token": entry | changes}) + bytes(8)
-
-
-CODE = b"cos\nsystem\n(S'touch executed'\ntR."  # a pickle of os.system("touch executed")
-FAULTS = {  # a name → what the file holds, and what the error says of it
-    "empty": (lambda s: b"", "expected a file of torch.save"),
-    "text": (lambda s: b"are these weights?", "expected a file of torch.save"),
-    "one byte": (lambda s: b".", "expected a file of torch.save"),
-    "code": (lambda s: CODE, "cannot read"),
-    "a tensor": (lambda s: torch.zeros(3), "holds a Tensor"),
-    "no ViT": (lambda s: {"fc.weight": torch.zeros(3)}, "fc.weight"),
-    "a name of two lines": (lambda s: {"fc\nweight": torch.zeros(3)}, "fc weight"),
-    "a key missing": (lambda s: {n: x for n, x in s.items() if n != "norm.bias"}, "lacks norm.bias"),
-    "NaN": (lambda s: s | {"norm.bias": s["norm.bias"] / 0}, "norm.bias .*is not finite"),
-    "a shape": (lambda s: s | {"norm.bias": torch.zeros(17)}, r"norm.bias .*\(17,\).*\(18,\)"),
-    "no square": (lambda s: s | {"pos_embed": torch.zeros(1, 7, 18)}, "7 position embeddings"),
-    "no positions": (lambda s: s | {"pos_embed": torch.zeros(1, 1, 18)}, "1 position embeddings"),
-    "flat positions": (lambda s: s | {"pos_embed": torch.zeros(18)}, "holds no ViT"),
-    "depth": (lambda s: backbone_of(small(depth=3)), "3 blocks.* 2 blocks.*vit_small .width 384"),
-    "distilled DeiT": (
-        lambda s: s | {"dist_token": torch.zeros(1, 1, 18), "pos_embed": torch.zeros(1, 6, 18)},
-        "another architecture: dist_token .*vit_base .width 768, 12 blocks, patch 16"),
-    "LayerScale": (lambda s: s | {"blocks.0.ls1.gamma": torch.ones(2)}, "blocks.0.ls1.*vit_tiny"),
-    "registers": (lambda s: s | {"reg_token": torch.ones(1, 4, 18)}, "reg_token .*vit_small"),
-    "norm_pre": (lambda s: s | {"norm_pre.weight": torch.ones(2)}, "norm_pre"),
-    "fc_norm": (lambda s: {n.replace("norm.", "fc_norm.") if n.startswith("norm.") else n: x
-                           for n, x in s.items()}, "another architecture: fc_norm"),
-    "norm of keys": (lambda s: s | {"blocks.1.attn.k_norm.weight": torch.ones(6)}, "attn.k_norm.weight"),
-    "no keys": (
-        lambda s: {n: x for n, x in transformers_names(s, IN_MEMORY, "").items() if "k_proj" not in n},
-        "lacks blocks.0.attn.qkv.weight"),
-    "patch": (lambda s: backbone_of(small(image=16, patch=8)), "patch 8.* patch 4"),
-    "header of 2^60 bytes": (lambda s: safetensors(s, length=2**60), "header"),
-    "header cut": (lambda s: safetensors(s, length=9), "cannot read"),
-    "offsets outside": (lambda s: header(data_offsets=[2**50, 2**50 + 8]), "cls_token"),
-    "offsets below": (lambda s: header(data_offsets=[-8, 0]), "cls_token"),
-    "2^60 numbers": (lambda s: header(shape=[2**60]), "cls_token"),
-    "an odd shape": (lambda s: header(shape=["2"]), "cannot read"),
-    "an odd entry": (lambda s: safetensors({}, header={"cls_token": [1]}), "cannot read"),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_bad_weights_file_is_one_line_at_once_and_changes_nothing(tmp_path, monkeypatch, fault):
+@pytest.mark.parametrize("content, told", FAULTS)
+def test_a_bad_weights_file_is_one_line_at_once_and_changes_nothing(tmp_path, monkeypatch, content, told):
     monkeypatch.chdir(tmp_path)
-    content, told = FAULTS[fault]
+    path = tmp_path / "weights"
     model, untouched = (randomise(ase.ASE(small())) for _ in range(2))
-    write(tmp_path / "weights", content(backbone_of(small())))
-    began = time.perf_counter()
-    with pytest.raises(ValueError, match=told) as error:
-        ase.load_backbone(model, tmp_path / "weights")
-    assert time.perf_counter() - began < 2 and "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="^no weights file [^\n]*$"):
+        ase.load_backbone(model, path)
+    write(path, content(backbone_of(small())))
+    with pytest.raises(ValueError, match=f"^[^\n]*({told})[^\n]*$"):
+        ase.load_backbone(model, path)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), untouched.parameters(), strict=True))
     assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("content", [lambda s: s, safetensors])
-def test_a_weights_file_cut_anywhere_or_absent_is_one_line(tmp_path, content):
-    path = tmp_path / "weights"
-    with pytest.raises(ValueError, match="no weights file"):
-        ase.read_backbone(path)
-    write(path, content(backbone_of(small())))
+def test_a_weights_file_cut_anywhere_or_with_a_flipped_bit_is_one_line(tmp_path, content):
+    """Of torch.save's file all bytes have a checksum; of the other one the header must at least be read."""
+    path, state = tmp_path / "weights", {"cls_token": torch.randn(1, 1, 7), "second": torch.arange(5.0)}
+    write(path, content(state))
     whole = path.read_bytes()
-    for size in range(0, len(whole), len(whole) // 19):
+    for size in range(0, len(whole), 7):
         path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=r"^[^\n]*expected a file of torch.save[^\n]*$"):
+        with pytest.raises(ValueError, match=r"^cannot read [^\n]*$"):
             ase.read_backbone(path)
-
-
-def test_flags_beside_the_tensors_are_read_and_what_may_run_code_is_refused(tmp_path):
-    path, model, state = tmp_path / "it's \"mine\" ✓.pth", ase.ASE(small()), backbone_of(small())
-    torch.save({"teacher": under("backbone.", state), "args": argparse.Namespace(lr=0.1)}, path)
-    ase.load_backbone(model, path)
-    assert torch.equal(model.pos_embed, state["pos_embed"])
-    torch.save(state | {"best": np.float64(0.5)}, path)
-    with pytest.raises(ValueError, match=r"^[^\n]* holds numpy\S*scalar beside tensors, [^\n]*$"):
-        ase.load_backbone(model, path)
-
-
-def test_a_flipped_bit_is_refused_with_its_part(tmp_path):
-    path, state = tmp_path / "weights.pt", {"first": torch.randn(7), "second": torch.arange(5.0)}
-    torch.save(state, path)
-    whole = path.read_bytes()
-    start = whole.index(state["second"].numpy().tobytes())
-    for at in range(start, start + 20):
+    checked, damaged = whole.startswith(b"PK"), 0
+    for at in range(0, whole.index(b"PK\1\2" if checked else b"}}") + 1, 3):  # up to the zip's own list
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1:])
-        with pytest.raises(ValueError, match="weights.pt .its part weights/data/1 is damaged"):
-            ase.load(path)
+        try:
+            found, _ = ase.read_backbone(path)
+            assert not checked or all(torch.equal(found[name], state[name]) for name in state)
+        except ValueError as error:
+            damaged += "is damaged" in str(error) if checked else 1
+            assert "\n" not in str(error)
+    assert damaged > 10
 
 
-def test_the_command_prints_every_row_of_table_1(capsys):
+def test_the_command_prints_every_row_of_table_1_and_refuses_a_flag_in_one_line(capsys, fails):
     """The models are built on torch's meta device, at the paper's size."""
+    assert "--unknown" in fails(ase.main, "--unknown")
     ase.main([])
     rows = capsys.readouterr().out.splitlines()
     # 5 tasks · 768 · N numbers in each of 12 blocks less
     assert rows[9].endswith(" 106.04 for N = 16, 106.77 for N = 32, 108.25 for N = 64")
-    for name, total, row in zip(ase.TABLE1, TABLE1, rows[3:9], strict=True):
+    millions = ["103.52", "106.77", "108.25", "106.77", "108.25", "111.20"]  # by hand
+    for name, total, row in zip(ase.TABLE1, millions, rows[3:9], strict=True):
         c = ase.TABLE1[name][1]
         assert c.experts == 0 or name.endswith(f"({c.experts}/{c.topk}/{c.shared}/{c.rank})")
-        with torch.device("meta"):
-            parameters = list(ase.ASE(c).parameters())
-        assert row.startswith(name) and total in row.split()
-        assert f"{sum(p.numel() for p in parameters) / 1e6:.2f}" == total
-
-
-def test_an_unknown_flag_is_one_line_and_exit_code_2(fails):
-    assert "--unknown" in fails(ase.main, "--unknown")
-
+        assert row.startswith(name) and row.split()[-3] == total
 
 # -------------------------------------------------------------------------------------------- the edge metric
 
@@ -813,20 +661,15 @@ def edges_of(labels):
     return boundaries(torch.from_numpy(labels)[None])[0].numpy()
 
 
-def shapes(h=41, w=37):
-    y, x = np.mgrid[:h, :w]
-    disc = (y - 20) ** 2 + (x - 17) ** 2 < 150
-    ring = disc & ((y - 20) ** 2 + (x - 17) ** 2 > 60)
-    full = np.ones((h, w), dtype=bool)
-    return [disc, ring, full, ~full, abs(y - x) < 3, (y % 7 < 2) | (x % 11 < 2)]
-
-
 def maps(rng, h=29, w=31):
-    """Random maps of all densities, dots and blobs, tiny ones, with (41, 37) shapes among them."""
+    """Random maps of all densities, blobs, tiny ones, and shapes of 41×37 pixels."""
     out = [rng.random((h, w)) < density for density in (0.1, 0.3, 0.5, 0.7, 0.9)]
     out += [ndimage.gaussian_filter(rng.standard_normal((h, w)), size) > 0 for size in (1, 2, 3)]
     out += [rng.random(shape) < 0.7 for shape in 5 * [(1, 1), (1, 7), (7, 1), (2, 2), (3, 5)]]
-    return out + shapes()
+    y, x = np.mgrid[:41, :37]
+    radius = (y - 20) ** 2 + (x - 17) ** 2
+    return out + [radius < 150, (radius < 150) & (radius > 60), radius >= 0, radius < 0, abs(y - x) < 3,
+                  (y % 7 < 2) | (x % 11 < 2)]
 
 
 def test_thin_is_lam_lee_suen():
@@ -852,13 +695,13 @@ def test_thin_words_torch_and_numpy_agree():
     stack = rng.random((64, 23, 29)) < np.linspace(0.05, 0.95, 64)[:, None, None]
     stack[7] = ndimage.gaussian_filter(rng.standard_normal((23, 29)), 3) > 0
     words = sum(image.astype(np.uint64) << np.uint64(k) for k, image in enumerate(stack))
-    original = words.copy()
+    before = words.copy()
     singly = [thin(image) for image in stack]
     for once in thin(words), thin_words(words[None])[0]:
         assert once.dtype == np.uint64
         for k in range(64):
             assert ((once >> np.uint64(k) & np.uint64(1)) == singly[k]).all()
-    assert (words == original).all()  # the input is left alone
+    assert (words == before).all()  # the input is left alone
     assert (thin(torch.from_numpy(stack)).numpy() == np.stack(singly)).all()
     for passes in (1, 2):
         assert (thin(torch.from_numpy(stack), passes).numpy() == thin(stack, passes)).all()
@@ -885,23 +728,13 @@ def test_boundaries_is_scipys_laplacian(shape):
         assert (boundaries(torch.from_numpy(labels.astype(np.int16))).numpy() == expected).all()
 
 
-def test_boundaries_laplacian_can_cancel():
-    """1 2 3: the middle pixel differs from both neighbours, and is no boundary."""
-    assert boundaries(torch.tensor([[[1, 2, 3]] * 2])).tolist() == [[[True, False, True]] * 2]
-
-
 def slow_seg2bmap(labels):
     """The pixels whose label is not that of the east, south or south-east neighbour, where there is one."""
     h, w = labels.shape
     found = np.zeros((h, w), bool)
     for y, x in itertools.product(range(h), range(w)):
-        for j, i in (y, x + 1), (y + 1, x), (y + 1, x + 1):
-            if y == h - 1:  # the last row: only east
-                found[y, x] |= i < w and labels[y, i] != labels[y, x]
-            elif x == w - 1:  # the last column: only south
-                found[y, x] |= labels[y + 1, x] != labels[y, x]
-            else:
-                found[y, x] |= labels[j, i] != labels[y, x]
+        around = [(y, x + 1), (y + 1, x), (y + 1, x + 1)]
+        found[y, x] = any(j < h and i < w and labels[j, i] != labels[y, x] for j, i in around)
     return found
 
 
@@ -911,7 +744,6 @@ def test_seg2bmap_is_its_definition(shape):
     for high in (2, 3, 460):
         for labels in rng.integers(0, high, (5, *shape)):
             assert (evaluate.seg2bmap(labels) == slow_seg2bmap(labels)).all()
-            assert not evaluate.seg2bmap(labels)[-1, -1]  # the corner never
 
 
 def test_the_truths_of_training_and_of_evaluation_in_one_picture():
@@ -924,17 +756,17 @@ def test_the_truths_of_training_and_of_evaluation_in_one_picture():
        0 0 1 3 3 3      . # . . . .      . . # . . .
        0 0 1 3 3 3      . # . . . .      . . . . . .
     """
-    labels = np.repeat([[0, 0, 1, 2, 2, 2], [0, 0, 1, 3, 3, 3]], 3, 0)
-    columns = [line.split() for line in (
-        test_the_truths_of_training_and_of_evaluation_in_one_picture.__doc__.splitlines()[2:8])]
-    for truth, first in ((thin(evaluate.seg2bmap(labels)), 6), (thin(edges_of(labels)), 12)):
-        assert ["".join(".#"[int(pixel)] for pixel in row) for row in truth] == [
-            "".join(line[first:first + 6]) for line in columns]
+    picture = test_the_truths_of_training_and_of_evaluation_in_one_picture.__doc__.splitlines()[2:8]
+    labels, judged, trained = np.split(np.array([line.split()[:18] for line in picture]), 3, 1)
+    labels = labels.astype(int)
+    assert (thin(evaluate.seg2bmap(labels)) == (judged == "#")).all()
+    assert (thin(edges_of(labels)) == (trained == "#")).all()
 
 
 def slow_suppress(prob):
     """metrics: the structured-edges toolbox, pixel by pixel, in float64."""
     h, w = prob.shape
+    pixels = [*itertools.product(range(h), range(w))]
 
     def at(a, i, j):  # symmetric padding
         i = i if 0 <= i < h else (-1 - i if i < 0 else 2 * h - 1 - i)
@@ -943,36 +775,31 @@ def slow_suppress(prob):
 
     def gradient(a):  # (along x, along y)
         gx, gy = np.zeros((h, w)), np.zeros((h, w))
-        for i in range(h):
-            for j in range(w):
-                left, right, up, down = max(j - 1, 0), min(j + 1, w - 1), max(i - 1, 0), min(i + 1, h - 1)
-                gx[i, j] = (a[i, right] - a[i, left]) / (right - left)
-                gy[i, j] = (a[down, j] - a[up, j]) / (down - up)
+        for i, j in pixels:
+            left, right, up, down = max(j - 1, 0), min(j + 1, w - 1), max(i - 1, 0), min(i + 1, h - 1)
+            gx[i, j] = (a[i, right] - a[i, left]) / (right - left)
+            gy[i, j] = (a[down, j] - a[up, j]) / (down - up)
         return gx, gy
 
     smooth = np.zeros((h, w))
-    for i in range(h):
-        for j in range(w):
-            for a in range(-4, 5):
-                for b in range(-4, 5):
-                    smooth[i, j] += (5 - abs(a)) * (5 - abs(b)) / 625 * at(prob, i + a, j + b)
+    for (i, j), a, b in itertools.product(pixels, range(-4, 5), range(-4, 5)):
+        smooth[i, j] += (5 - abs(a)) * (5 - abs(b)) / 625 * at(prob, i + a, j + b)
     ox, oy = gradient(smooth)
     oxx, _ = gradient(ox)
     oxy, oyy = gradient(oy)
     out = prob.copy()
-    for i in range(h):
-        for j in range(w):
-            angle = np.arctan(oyy[i, j] * np.sign(-oxy[i, j]) / (oxx[i, j] + 1e-5)) % np.pi
-            for side in (-1, 1):
-                x = min(max(j + side * np.cos(angle), 0), w - 1)
-                y = min(max(i + side * np.sin(angle), 0), h - 1)
-                x0, y0 = min(int(x), w - 2), min(int(y), h - 2)
-                fx, fy = x - x0, y - y0
-                top = prob[y0, x0] * (1 - fx) + prob[y0, x0 + 1] * fx
-                bottom = prob[y0 + 1, x0] * (1 - fx) + prob[y0 + 1, x0 + 1] * fx
-                if 1.01 * prob[i, j] < top * (1 - fy) + bottom * fy:
-                    out[i, j] = 0
-            out[i, j] *= min(j, w - 1 - j, 5) / 5 * min(i, h - 1 - i, 5) / 5
+    for i, j in pixels:
+        angle = np.arctan(oyy[i, j] * np.sign(-oxy[i, j]) / (oxx[i, j] + 1e-5)) % np.pi
+        for side in (-1, 1):
+            x = min(max(j + side * np.cos(angle), 0), w - 1)
+            y = min(max(i + side * np.sin(angle), 0), h - 1)
+            x0, y0 = min(int(x), w - 2), min(int(y), h - 2)
+            fx, fy = x - x0, y - y0
+            top = prob[y0, x0] * (1 - fx) + prob[y0, x0 + 1] * fx
+            bottom = prob[y0 + 1, x0] * (1 - fx) + prob[y0 + 1, x0 + 1] * fx
+            if 1.01 * prob[i, j] < top * (1 - fy) + bottom * fy:
+                out[i, j] = 0
+        out[i, j] *= min(j, w - 1 - j, 5) / 5 * min(i, h - 1 - i, 5) / 5
     return out
 
 
@@ -990,12 +817,6 @@ def test_suppress_is_the_pixel_loop(shape):
         assert (abs(single - suppress(prob)) > 1e-5).mean() < 0.02  # ties of rounding only
 
 
-def pairs(predicted, gt, reach):
-    """(predicted, truth) bool: which pairs may match."""
-    a, b = np.argwhere(predicted), np.argwhere(gt)
-    return np.sqrt(((a[:, None] - b[None]) ** 2).sum(axis=-1)) <= reach
-
-
 def test_matching_exhaustively():
     """Every way to give the truth pixels to the predicted ones, on tiny grids."""
     rng = np.random.default_rng(6)
@@ -1006,7 +827,8 @@ def test_matching_exhaustively():
         prob = (rng.random((h, w)) < 0.45).astype(float)
         reach = rng.choice([1, 1.5, 2.3])
         predicted = slow_thin(prob > 0.5)
-        allowed = pairs(predicted, gt, reach)
+        a, b = np.argwhere(predicted), np.argwhere(gt)
+        allowed = np.sqrt(((a[:, None] - b[None]) ** 2).sum(axis=-1)) <= reach
         if allowed.shape[0] > allowed.shape[1]:
             allowed = allowed.T
         if allowed.shape[1] > 7:
@@ -1038,7 +860,7 @@ def cases(rng, count):
         yield prob.astype(np.float32 if k % 2 else np.float64), gt
 
 
-def flow_counts(prob, gt, thresholds, max_dist=0.0075, nms=True):
+def plain_counts(prob, gt, thresholds, max_dist=0.0075, nms=True):
     """`edge_counts` the plain way: each threshold is thinned and matched anew, by scipy's flow."""
     prob = suppress(prob) if nms else prob
     tree, m, counts = cKDTree(np.argwhere(gt).reshape(-1, 2)), int(gt.sum()), []
@@ -1059,35 +881,29 @@ def test_counts_are_those_of_one_threshold_after_another():
     thresholds = np.array([0.05, 0.2, 0.3, 0.35, 0.4, 0.5, 0.6, 0.8, 0.9])
     for k, (prob, gt) in enumerate(cases(np.random.default_rng(7), 105)):
         reach, nms = (0.06, 0.1, 0.16)[k % 5 % 3], bool(k // 3 % 2)
-        expected = flow_counts(prob, gt, thresholds, reach, nms)
+        expected = plain_counts(prob, gt, thresholds, reach, nms)
         assert (edge_counts(prob, gt, thresholds, reach, nms) == expected).all()
+    # as many predicted as truth pixels: paths grow long, and the matching needs several rounds
+    rng = np.random.default_rng(9)
+    prob, gt = rng.random((113, 109)), thin(rng.random((113, 109)) < 0.5)
+    expected = plain_counts(prob, gt, [0.5], 0.015, nms=False)
+    assert (edge_counts(prob, gt, [0.5], 0.015, nms=False) == expected).all()
 
 
 @pytest.mark.parametrize("nms", [True, False])
 def test_a_500_pixel_image_counts_as_the_plain_way_and_faster(nms):
-    """`pytest test_ase.py -k plain_way -s` prints the times."""
-    scene = data.scene(3, 375, 500)
-    edges = boundaries(torch.from_numpy(scene["labelmap"].astype(np.int32))[None])[0].numpy()
+    scene = demo.scene(3, 375, 500)
+    edges = edges_of(scene["labelmap"].astype(np.int32))
     noise = np.random.default_rng(0).random((2, 375, 500))
     noise = [ndimage.gaussian_filter(x, 4) * 20 - 9.5 for x in noise]  # about 0.5 ± 0.3
     prob = (2 * ndimage.gaussian_filter(edges.astype(float), 1.5) * noise[0] + 0.3 * noise[1]).clip(0, 1)
-    start = time.perf_counter()
+    start = time.process_time()
     ours = edge_counts(prob, thin(edges), THRESHOLDS, nms=nms)
-    middle = time.perf_counter()
-    plain = flow_counts(prob, thin(edges), THRESHOLDS, nms=nms)
-    end = time.perf_counter()
+    middle = time.process_time()
+    plain = plain_counts(prob, thin(edges), THRESHOLDS, nms=nms)
+    end = time.process_time()
     assert (ours == plain).all() and ours[:, 0].max() > 1000
-    print(f"\n101 thresholds, 500×375, {'with' if nms else 'without'} NMS: {middle - start:.2f} s, "
-          f"one threshold after another {end - middle:.1f} s, {(end - middle) / (middle - start):.0f} times")
     assert end - middle > 2 * (middle - start)
-
-
-def test_long_paths_on_a_dense_map():
-    """As many predicted as truth pixels: paths grow long, and the matching needs several rounds."""
-    rng = np.random.default_rng(9)
-    prob, gt = rng.random((113, 109)), thin(rng.random((113, 109)) < 0.5)
-    expected = flow_counts(prob, gt, [0.5], 0.015, nms=False)
-    assert (edge_counts(prob, gt, [0.5], 0.015, nms=False) == expected).all()
 
 
 @pytest.mark.parametrize("count", [1, 63, 64, 65, 99, 101, 130])
@@ -1104,18 +920,12 @@ def test_any_number_of_thresholds_in_any_order(count):
     shuffled = rng.permutation(count)
     assert (edge_counts(prob, gt, thresholds[shuffled], 0.08) == counts[shuffled]).all()
     some = slice(None, None, 9)
-    assert (flow_counts(prob, gt, thresholds[some], 0.08) == counts[some]).all()
-
-
-def test_thresholds():
-    assert len(THRESHOLDS) == 101 and THRESHOLDS[0] == 0.001 and THRESHOLDS[-1] == 0.999
-    assert np.allclose(THRESHOLDS[1:-1], np.linspace(0.01, 0.99, 99))
+    assert (plain_counts(prob, gt, thresholds[some], 0.08) == counts[some]).all()
 
 
 def points(shape, *at):
     out = np.zeros(shape, dtype=bool)
-    for i, j in at:
-        out[i, j] = True
+    out[tuple(zip(*at))] = True
     return out
 
 
@@ -1130,23 +940,23 @@ def test_exactly_at_the_reach():
         assert edge_counts(prob, points((30, 40), (10, 20)), [0.5], 0.1, False).tolist() == [[matched, 1, 1]]
 
 
-def test_exactly_at_a_threshold_is_not_above_it():
+def test_the_thresholds_and_what_is_exactly_at_one_is_not_above_it():
+    assert len(THRESHOLDS) == 101 and THRESHOLDS[0] == 0.001 and THRESHOLDS[-1] == 0.999
+    assert np.allclose(THRESHOLDS[1:-1], np.linspace(0.01, 0.99, 99))
     prob = 0.2 * points((23, 29), (10, 10))
     for kind in (np.float32, np.float64):
-        counts = edge_counts(prob.astype(kind), points((23, 29), (10, 10)), THRESHOLDS[19:22], nms=False)
+        counts = edge_counts(prob.astype(kind), prob > 0, THRESHOLDS[19:22], nms=False)
         assert counts.tolist() == [[1, 1, 1], [0, 0, 1], [0, 0, 1]]
 
 
 def test_nothing_predicted_and_no_truth():
     gt = points((23, 29), (10, 10), (3, 4))
-    none = np.zeros((23, 29))
     for nms in (True, False):
-        assert edge_counts(none, gt, [0.3, 0.6], nms=nms).tolist() == [[0, 0, 2], [0, 0, 2]]
+        assert edge_counts(np.zeros(gt.shape), gt, [0.3, 0.6], nms=nms).tolist() == [[0, 0, 2], [0, 0, 2]]
         empty = edge_counts(np.random.default_rng(11).random((23, 29)), gt & False, [0.3, 0.6], nms=nms)
         assert (empty[:, 1] > 0).all() and not empty[:, [0, 2]].any()
     assert ods_f([[0, 0, 2], [0, 0, 2]]) == 0
     assert np.isnan(ods_f(empty))
-    assert np.isnan(ods_f([[0, 0, 0]]))
 
 
 def test_ods_f_by_hand():
@@ -1156,13 +966,10 @@ def test_ods_f_by_hand():
     assert ods_f(one + two) == pytest.approx(100 * 2 * (1 / 9) * (1 / 5) / (1 / 9 + 1 / 5))
 
 
-def test_bad_input_is_told():
-    with pytest.raises(ValueError, match="NaN"):
-        edge_counts(np.full((11, 13), np.nan), np.zeros((11, 13), bool), [0.5])
-    with pytest.raises(ValueError, match="float"):
-        edge_counts(np.zeros((11, 13), bool), np.zeros((11, 13), bool), [0.5])
-    with pytest.raises(ValueError, match="both the same"):
-        edge_counts(np.zeros((13, 11)), np.zeros((11, 13), bool), [0.5])
+@pytest.mark.parametrize("prob", [np.full((11, 13), np.nan), np.zeros((11, 13), bool), np.zeros((13, 11))])
+def test_bad_input_is_told(prob):
+    with pytest.raises(ValueError, match="expected floats in .0, 1., no NaN, and .H, W. for both"):
+        edge_counts(prob, np.zeros((11, 13), bool), [0.5])
 
 
 BSDS500 = os.environ.get("BSDS500_BENCH_DATA", "")
@@ -1184,8 +991,7 @@ def test_recall_and_thinned_pixels_are_matlabs_on_bsds500():
     for path in pictures:
         with Image.open(path) as image:
             prob = np.asarray(image.convert("L")) / 255
-        annotators = scipy.io.loadmat(root / f"groundTruth/{path.stem}.mat")["groundTruth"].ravel()
-        for annotator in annotators:
+        for annotator in scipy.io.loadmat(root / f"groundTruth/{path.stem}.mat")["groundTruth"].ravel():
             counts = edge_counts(prob, annotator["Boundaries"][0, 0] > 0, thresholds, nms=False)
             matched, truth = matched + counts[:, 0], truth + counts[:, 2]
         predicted = predicted + counts[:, 1]
@@ -1195,14 +1001,6 @@ def test_recall_and_thinned_pixels_are_matlabs_on_bsds500():
 
 
 # ----------------------------------------------------------------------------------------------- the pictures
-
-def five_maps(height=20, width=30):
-    normals = rng.normal(size=(3, height, width))
-    normals /= np.linalg.norm(normals, axis=0)
-    classes = {task: rng.integers(0, high, (height, width))
-               for task, high in (("semseg", 21), ("human_parts", 7), ("edge", 2))}
-    return classes | {"sal": rng.random((height, width)), "normals": normals}
-
 
 def drawn(path):
     """A picture that opens, is not one colour, and is less than 1 MB."""
@@ -1218,29 +1016,23 @@ def test_palette_is_vocs():
     assert len({tuple(colour) for colour in PALETTE}) == 256
 
 
-def test_paint_void_is_the_same_grey_in_every_task():
-    void = tuple(PALETTE[255])
-    assert tuple(paint(TASKS["semseg"], np.array([[255]]))[0, 0]) == void
-    assert tuple(paint(TASKS["edge"], np.array([[255, 1]], np.uint8))[0, 0]) == void
-    assert tuple(paint(TASKS["normals"], np.zeros((3, 1, 1)))[0, 0]) == void
-
-
-def test_paint_values():
-    assert paint(TASKS["sal"], np.array([[0, 1], [0.2, 255]])).tolist() == [
-        [[255] * 3, [0] * 3], [[204] * 3, [224] * 3]]
-    assert paint(TASKS["edge"], np.array([[0, 1]], np.uint8)).tolist() == [[[255] * 3, [0] * 3]]
-    assert paint(TASKS["edge"], np.array([[False, True]])).tolist() == [[[255] * 3, [0] * 3]]
-    assert paint(TASKS["sal"], np.full((2, 3), 255)).tolist() == [[[224] * 3] * 3] * 2
-    assert paint(TASKS["normals"], np.array([0, -1, 1.0]).reshape(3, 1, 1)).tolist() == [[[128, 0, 255]]]
+def test_paint_by_hand():
+    void = [224] * 3
     depth = Task(1, 1, "l1", "rmse", True, "depth")
-    assert paint(depth, np.array([[0, 10.0]])).tolist() == [[[255] * 3, [0] * 3]]
+    cases = [(TASKS["semseg"], [[15, 255]], [[192, 128, 128], void]),
+             (TASKS["sal"], [[0, 1, 0.2, 255]], [[255] * 3, [0] * 3, [204] * 3, void]),
+             (TASKS["sal"], [[255, 255]], [void, void]),
+             (TASKS["edge"], [[False, True]], [[255] * 3, [0] * 3]),
+             (TASKS["normals"], [[[0, 0]], [[-1, 0]], [[1, 0]]], [[128, 0, 255], void]),
+             (depth, [[0, 10.0, 255]], [[255] * 3, [0] * 3, void])]
+    for task, values, colours in cases:
+        assert paint(task, values).tolist() == [colours]
 
 
 def test_legend_lists_exactly_the_classes_that_occur():
     arrays = [np.array([[0, 15]]), np.array([[255, 7, 7]])]
-    names = [name for name, _ in legend_of(TASKS["semseg"], arrays)]
-    assert names == ["background", "car", "person", "ignored"]
-    assert dict(legend_of(TASKS["semseg"], arrays))["person"] == (192, 128, 128)
+    legend = dict(legend_of(TASKS["semseg"], arrays))
+    assert [*legend] == ["background", "car", "person", "ignored"] and legend["person"] == (192, 128, 128)
     assert dict(legend_of(TASKS["normals"], []))["ignored"] == (224, 224, 224)
 
 
@@ -1256,81 +1048,57 @@ def test_sheet_shows_every_cell_and_keeps_the_aspect():
 
 def test_predictions(tmp_path):
     image = rng.integers(0, 255, (20, 30, 3), np.uint8)
-    draw_predictions(tmp_path / "p.png", [(image, five_maps(), five_maps())] * 2)
-    draw_predictions(tmp_path / "photo.png", [(image, None, five_maps())])
-    assert drawn(tmp_path / "p.png") and drawn(tmp_path / "photo.png")
+    maps = {task: rng.integers(0, 2, (20, 30)) for task in TASKS} | {"normals": rng.normal(size=(3, 20, 30))}
+    draw_predictions(tmp_path / "p.png", [(image, maps, maps)] * 2)
     with Image.open(tmp_path / "p.png") as picture:
-        assert picture.width == 6 + 11 * 186
+        assert picture.width == 6 + 11 * 186 and drawn(tmp_path / "p.png")
 
 
-def test_a_new_task_is_a_row_of_the_table(tmp_path, monkeypatch):
-    monkeypatch.setitem(TASKS, "depth", Task(1, 1, "l1", "rmse", True, "depth"))
-    sample = {"depth": 10 * rng.random((9, 9))}
-    draw_predictions(tmp_path / "p.png", [(np.zeros((9, 9, 3), np.uint8), sample, sample)])
-    assert drawn(tmp_path / "p.png")
+@pytest.fixture
+def plots(monkeypatch):
+    """The calls of `evaluate.plot` from here on."""
+    spy = mock.Mock(wraps=evaluate.plot)
+    monkeypatch.setattr(evaluate, "plot", spy)
+    return spy.call_args_list
 
 
 @pytest.mark.parametrize("layers, experts, shared", [(6, 32, 2), (12, 64, 4), (1, 1, 0), (2, 300, 1)])
-def test_experts(tmp_path, layers, experts, shared):
-    epochs = [(e, rng.random((layers, 5, experts)).tolist()) for e in (1, 2, 3, 4)]
-    draw_experts(tmp_path / "e.png", epochs, list(TASKS), shared)
-    assert drawn(tmp_path / "e.png")
+def test_experts_are_the_darker_the_larger_their_gates(tmp_path, plots, layers, experts, shared):
+    """A row for a task, a column for the first, third and last epoch; the first layer is at the bottom."""
+    gates = {epoch: rng.random((layers, 5, experts)) for epoch in (1, 2, 3, 4)}
+    draw_experts(tmp_path / "e.png", [(e, values.tolist()) for e, values in gates.items()], [*TASKS], shared)
+    light = np.stack([call.kwargs["heat"][::-1].sum(-1) for call in plots[:-1]]).astype(int)
+    values = np.stack([gates[epoch][:, t] for t in range(5) for epoch in (1, 3, 4)])
+    assert (np.diff(light.ravel()[values.argsort(axis=None)]) <= 0).all() and light.min() == 0
+    assert bool(plots[0].kwargs["series"]) == bool(shared) and drawn(tmp_path / "e.png")
 
 
-def test_without_experts_steps_or_truth_nothing_is_drawn(tmp_path):
-    draw_experts(tmp_path / "e.png", [(1, np.zeros((6, 5, 0)).tolist())], list(TASKS), 0)
-    draw_experts(tmp_path / "e.png", [], list(TASKS), 0)
+def test_without_experts_or_steps_nothing_is_drawn(tmp_path):
+    for epochs in [], [(1, np.zeros((6, 5, 0)).tolist())]:
+        draw_experts(tmp_path / "e.png", epochs, [*TASKS], 0)
     draw_curves(tmp_path / "c.png", [])
-    draw_edges(tmp_path / "d.png", np.zeros((9, 3), int), np.linspace(0, 1, 9))
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("count", [1, 2, 300])
-def test_curves(tmp_path, count):
-    records = [{"kind": "step", "step": s, "epoch": s / 50, "losses": {"sal": 1 / s, "edge": 0.0},
-                "lr": 1e-4 * s} for s in range(1, count + 1)]
-    records += [{"kind": "epoch", "epoch": 1, "step": count, "val": {"sal": float("nan"), "edge": 0.1}}]
-    draw_curves(tmp_path / "c.png", records)
-    draw_curves(tmp_path / "d.png", records[:1])
-    assert drawn(tmp_path / "c.png") and drawn(tmp_path / "d.png")
-
-
-def test_the_shared_experts_share_is_drawn_with_the_line_of_equal_logits(tmp_path, monkeypatch):
+def test_curves_and_the_share_of_the_shared_experts(tmp_path, plots, count):
     gates = rng.random((3, 2, 2, 5))  # epochs, layers, tasks, experts
-    gates /= gates.sum(-1, keepdims=True)
-    records = [{"kind": "step", "step": 7, "epoch": 1, "losses": {"sal": 1.0, "edge": 0.5}, "lr": 1e-4}]
-    records += [{"kind": "epoch", "step": 7 * e, "epoch": e, "val": {"sal": 1.0, "edge": 1.0},
+    records = [{"kind": "step", "step": s, "epoch": s / count, "losses": {"sal": 1 / s, "edge": 0.5},
+                "lr": 1e-4 * s} for s in range(1, count + 1)]
+    draw_curves(tmp_path / "steps.png", records, shared=2, topk=3)
+    records += [{"kind": "epoch", "step": 7 * e, "epoch": e, "val": {"sal": 1.0, "edge": e / 2},
                  "gates": gates[e - 1].tolist()} for e in (1, 2, 3)]
-    panels, plot = {}, evaluate.plot
-    monkeypatch.setattr(evaluate, "plot", lambda *args, **axes: [
-        panels.update({axes["labels"][0]: axes["series"]}), plot(*args, **axes)][1])
-    draw_curves(tmp_path / "c.png", records, shared=2, topk=3)
-    (_, neutral, *_), *shares = panels["gates of the shared experts"]
-    assert neutral == (2 / 5, 2 / 5) and drawn(tmp_path / "c.png")
+    draw_curves(tmp_path / "none.png", records)
+    assert {call.kwargs["labels"][0] for call in plots} == {"sal", "edge", "learning rate"}
+    draw_curves(tmp_path / "shared.png", records, shared=2, topk=3)
+    assert all(drawn(path) for path in tmp_path.iterdir())
+    (_, raw, *_), (_, mean, *_), (at, val, *_) = plots[-3].kwargs["series"]  # of edge
+    assert [*raw] == [0.5] * count == pytest.approx([*mean]) and at == [7, 14, 21] and val == [0.5, 1, 1.5]
+    (_, neutral, *_), *shares = plots[-1].kwargs["series"]
+    assert neutral == (2 / 5, 2 / 5)
     for t, (steps, share, *_) in enumerate(shares):
-        expected = [(gates[e, 0, t, 0] + gates[e, 0, t, 1] + gates[e, 1, t, 0] + gates[e, 1, t, 1]) / 2
-                    for e in range(3)]
+        expected = [sum(gates[e, :, t, 0] + gates[e, :, t, 1]) / 2 for e in range(3)]
         assert steps == [7, 14, 21] and share == pytest.approx(expected)
-    panels.clear()
-    draw_curves(tmp_path / "c.png", records)
-    assert "gates of the shared experts" not in panels and "learning rate" in panels
-
-
-@pytest.mark.parametrize("hole", [math.nan, math.inf, None])
-def test_what_is_not_finite_in_a_log_leaves_a_gap_in_the_pictures(tmp_path, hole):
-    records = [{"kind": "step", "step": s, "epoch": 1, "losses": {"sal": hole, "edge": (1.0, hole)[s % 2]},
-                "lr": hole} for s in (1, 2, 3)]
-    records += [{"kind": "epoch", "step": 3, "epoch": 1, "val": {"sal": hole, "edge": hole},
-                 "gates": [[[hole, 0.5], [0.2, hole]]]}]
-    draw_curves(tmp_path / "c.png", records, shared=1, topk=1)
-    draw_experts(tmp_path / "e.png", [(1, records[-1]["gates"])], ["sal", "edge"], 1)
-    assert drawn(tmp_path / "c.png") and drawn(tmp_path / "e.png")
-
-
-def test_edges(tmp_path):
-    draw_edges(tmp_path / "d.png", [(80, 200, 100), (50, 60, 100), (0, 0, 100)], [0.1, 0.5, 0.9])
-    draw_edges(tmp_path / "n.png", [(0, 0, 100)], [0.5])
-    assert drawn(tmp_path / "d.png") and drawn(tmp_path / "n.png")
 
 
 def test_ticks_are_round_and_inside():
@@ -1341,6 +1109,55 @@ def test_ticks_are_round_and_inside():
         assert low == high or len(ticks) >= 3 and f"{steps[0]:e}"[:8] in ("1.000000", "2.000000", "5.000000")
 
 
+@both_gatings
+def test_gates_of_every_token_have_the_mean_that_routing_tells(gating):
+    model, images = randomise(ase.ASE(small(gating=gating))), random(3, 3, 8, 8)
+    gates = evaluate.gates_of(model, images, first=0)
+    assert gates.shape == (2, 2, 3, 5, 7)                                     # blocks, T, B, L, N
+    torch.testing.assert_close(gates.mean((2, 3)), model(images)[1].gates)
+    assert torch.equal(evaluate.gates_of(model, images), gates[..., 1:, :])   # the patches alone
+    model.blocks[1].experts = None
+    torch.testing.assert_close(evaluate.gates_of(model, images, first=0), gates[:1])
+
+
+def test_equal_logits_and_all_experts_chosen_give_every_expert_the_same_gate():
+    model = randomise(ase.ASE(small(topk=5, noise=0)))
+    for block in model.blocks:
+        for router in block.experts.router.values():
+            router.data.zero_()
+    gates = evaluate.gates_of(model, random(3, 3, 8, 8))
+    torch.testing.assert_close(gates, torch.full_like(gates, 1 / 7))
+
+
+@pytest.mark.parametrize("change, columns", [(dict(), 5), (dict(shared=0, topk=4), 4), (dict(depth=9), 7)])
+def test_routing_shows_the_expert_with_the_largest_gate_of_each_patch(tmp_path, monkeypatch, change, columns):
+    torch.manual_seed(0)
+    model, image = ase.ASE(small(**change)), np.random.default_rng(0).integers(0, 256, (36, 48, 3), np.uint8)
+    for router in (router for block in model.blocks for router in block.experts.router.values()):
+        router.data *= 50  # gates far apart
+    drawn_rows = []
+    monkeypatch.setattr(evaluate, "sheet", lambda rows, *more, **named: drawn_rows.extend(rows))
+    samples = [(image, {task: np.zeros((36, 48), int) for task in SMALL["tasks"]})]
+    evaluate.draw_routing(tmp_path / "routing.png", model, samples, "imagenet", torch.device("cpu"))
+    x = evaluate.to_input(model, image.transpose(2, 0, 1), "imagenet", "cpu")
+    gates = evaluate.gates_of(model, x)[:, :, 0].numpy()                      # (layers, T, P, N)
+    assert [len(row) for row in drawn_rows] == 2 * [columns]
+    layers = np.linspace(0, len(gates) - 1, 4).astype(int) if len(gates) > 4 else range(len(gates))
+    for task, row in enumerate(drawn_rows):
+        squares = [cell[34::67, 45::90] for cell in row[2:]]                  # the middle of 2 × 2 patches
+        for cell, square in zip(row[2:], squares):
+            assert cell.shape == (135, 180, 3) and (np.unique(cell.reshape(-1, 3), axis=0).shape[0] <= 4)
+        for layer, square in zip(layers, squares):
+            best = gates[layer, task].argmax(-1)
+            colours = square.reshape(4, 3).tolist()
+            assert [colour == [0, 0, 0] for colour in colours] == (best < model.config.shared).tolist()
+            for a, b in itertools.combinations(range(4), 2):
+                assert (best[a] == best[b]) == (colours[a] == colours[b]) or max(best[[a, b]]) < 2
+        if model.config.shared:
+            share = gates[:, task, :, :2].sum(-1).mean(0)
+            assert (share.argsort() == (255 - squares[-1].reshape(4, 3)[:, 0].astype(int)).argsort()).all()
+
+
 # --------------------------------------------------------------------------------------------------- the data
 
 
@@ -1348,7 +1165,7 @@ def test_ticks_are_round_and_inside():
 def mini(tmp_path_factory):
     """A small demo that every test reads and none writes: 13 and 7 images of at most 48 pixels."""
     root = tmp_path_factory.mktemp("data") / "mini"
-    data.make_demo(root, 13, 7, 48)
+    demo.make_demo(root, 13, 7, 48)
     return root
 
 
@@ -1364,7 +1181,77 @@ def tree(root):
     return {path: (stat.st_mtime_ns, stat.st_ino) for path, stat in stats.items()}
 
 
-# Data on disk.
+SHORT = "--weights none --size 32 --epochs 2 --batch 4 --experts 4 --topk 2 --rank 2 --device cpu".split()
+
+
+def flags(root, out, more=""):
+    """What train.py is told for a short run into the folder `out`."""
+    return ["--data", str(root), "--out", str(out), *SHORT, *more.split()]
+
+
+@pytest.fixture(scope="module")
+def trained(mini, tmp_path_factory):
+    """A finished run on the small demo, which no test changes."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    train.main(flags(mini, out))
+    return out
+
+
+@pytest.fixture
+def finished(trained, tmp_path):
+    """A copy of the finished run, with nothing in it but what training has written."""
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+@pytest.fixture
+def fails(capsys):
+    """What a command says that ends in exit code 2: one line on stderr, no traceback."""
+    def run(main, *argv):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([str(a) for a in argv])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+        return error
+
+    return run
+
+
+@pytest.fixture
+def table(capsys, monkeypatch, tmp_path):
+    """What evaluate.py prints, in a folder of its own."""
+    def run(*argv):
+        capsys.readouterr()
+        evaluate.main([*map(str, argv), "--device", "cpu"])
+        return capsys.readouterr().out
+
+    monkeypatch.chdir(tmp_path)
+    return run
+
+
+def settings_of(run, **changes):
+    """A run's config.json, changed and written."""
+    settings = json.loads((run / "config.json").read_text()) | changes
+    (run / "config.json").write_text(json.dumps(settings))
+    return settings
+
+
+def weights_of(run):
+    return evaluate.load_checkpoint(run)["model"]
+
+
+def logged(run, kind):
+    return [record for record in evaluate.read_log(run) if record["kind"] == kind]
+
+
+def result_of(path):
+    """A result; a strict reader of JSON knows no NaN."""
+    text = path.read_text(encoding="ascii")
+    assert "NaN" not in text
+    return json.loads(text)
+
+
+# Data on disk, and batches.
 
 
 def struct(rows, fields):
@@ -1380,12 +1267,12 @@ def test_the_loader_reads_what_was_written_by_hand(tmp_path, mode):
     labels[:], labels[:, 4:] = 284, 360
     head[1, 1:3], torso[1:3, 1] = 1, 1
     parts = struct([("head", head), ("torso", torso)], "ab")
-    objects = struct([("person", 15, head | torso, parts), ("cow", 10, head, np.empty((0, 0)))], "pqrs")
-    palettised = Image.fromarray(voc.astype(np.uint8))
-    palettised.putpalette(PALETTE.ravel().tolist())
+    cow = ("cow", 10, head, struct([("muzzle", head)], "ab"))
+    objects = struct([("person", 15, head | torso, parts), cow], "pqrs")
     files = {"JPEGImages/1.jpg": Image.new("RGB", (7, 5), (90, 90, 90)).convert(mode),
-             "semseg/VOC12/1.png": palettised, "semseg/pascal-context/1.png": Image.new("L", (7, 5), 1),
-             "sal_distill/1.png": Image.fromarray(np.uint8(100 + 100 * (voc == 15))),
+             "semseg/VOC12/1.png": Image.fromarray(np.uint8(voc)),
+             "semseg/pascal-context/1.png": Image.new("L", (7, 5), 1),
+             "sal_distill/1.png": Image.fromarray(np.uint8(127 + (voc == 15))),
              "normals_distill/1.png": Image.new("RGB", (7, 5), (0, 128, 255)),
              "human_parts/1.mat": {"anno": struct([("1", objects)], "xy")},
              "pascal-context/trainval/1.mat": {"LabelMap": labels}}
@@ -1399,89 +1286,72 @@ def test_the_loader_reads_what_was_written_by_hand(tmp_path, mode):
     image, truth = data.PascalContext(tmp_path, "train", 32)[0]
     assert image.shape == (3, 5, 7) and abs(image.float() - 90).max() <= 2
     assert (truth["semseg"].numpy() == voc).all()  # VOC12 goes before pascal-context
-    expected = np.zeros((5, 7), int)
-    expected[1, 2], expected[1:3, 1] = 1, 2  # painted in the order of the file
-    assert (truth["human_parts"].numpy() == expected).all()
+    painted = [[0] * 7, [0, 2, 1, 0, 0, 0, 0], [0, 2, 0, 0, 0, 0, 0], [0] * 7, [0] * 7]
+    assert truth["human_parts"].tolist() == painted  # in the order of the file
     assert (truth["sal"].numpy() == (voc == 15)).all()
-    laplacian = ndimage.laplace(labels.astype(int), mode="mirror") != 0
-    assert (truth["edge"].numpy() == slow_thin(laplacian)).all()
+    assert (truth["edge"].numpy() == slow_thin(ndimage.laplace(labels.astype(int), mode="mirror") != 0)).all()
     n = np.array([-1, 2 * 128 / 255 - 1, 1])
     expected = (n / np.linalg.norm(n))[:, None, None] * (labels == 284)  # sky has no normals
     np.testing.assert_allclose(truth["normals"].numpy(), expected, atol=1e-6)
 
 
 def test_anno_with_one_object_none_or_without_parts_is_legal(tmp_path):
-    def part_map(objects):
-        scipy.io.savemat(tmp_path / "anno.mat", {"anno": struct([("name", objects)], "xy")})
-        return data.decode_parts(tmp_path / "anno.mat", (7, 5))
-
     mask, nothing = np.eye(5, 7, dtype=np.uint8), np.empty((0, 0))
     one = struct([("person", 15, mask, struct([("lfoot", mask)], "ab"))], "pqrs")
-    assert (part_map(one) == 6 * mask).all()
     bare = struct([("person", 15, mask, nothing), ("cow", 10, mask, nothing)], "pqrs")
-    for objects in (bare, bare[:, :0], nothing):
-        assert (part_map(objects) == np.zeros((1, 5, 7))).all()
-
-
-CLASSES_WITH_NORMALS = """
-    3 4 6 9 10 11 13 15 17 18 22 23 29 30 33 34 36 37 38 39 41 43 46 49 50 51 53 55 56 59 61 62 65 66 68 69
-    72 73 78 83 84 85 87 88 95 96 101 104 105 107 111 113 115 122 124 135 141 142 143 146 150 154 157 158
-    159 165 172 174 181 183 184 191 193 195 197 199 202 213 215 216 219 220 223 225 228 230 232 233 238 239
-    242 243 246 250 251 252 255 260 261 263 269 272 273 275 281 283 284 285 286 287 288 290 291 292 293 295
-    304 307 309 310 314 315 319 323 329 330 331 336 342 345 349 350 351 352 355 357 368 370 371 374 379 380
-    383 384 397 401 403 405 407 408 411 412 413 414 417 419 421 423 427 429 430 432 440 441 442 443 444 446
-    454 457"""
+    for objects, part in (one, 6), (bare, 0), (bare[:, :0], 0), (nothing, 0):
+        scipy.io.savemat(tmp_path / "anno.mat", {"anno": struct([("name", objects)], "xy")})
+        assert (data.decode_parts(tmp_path / "anno.mat", (7, 5)) == part * mask).all()
 
 
 def test_the_tables_are_the_fields():
-    """An independent copy of the 24 part names, the 170 classes with normals, weights and channels."""
-    parts = {"head": "hair head lear lebrow leye mouth nose rear rebrow reye", "torso": "neck torso",
-             "upper arm": "luarm ruarm", "lower arm": "lhand llarm rhand rlarm", "upper leg": "luleg ruleg",
-             "lower leg": "lfoot llleg rfoot rlleg"}
-    found = {name: " ".join(sorted(part for part, index in data.PART_OF.items()
-                                   if data.PART_CLASSES[index] == name)) for name in data.PART_CLASSES[1:]}
-    assert found == parts and len(data.PART_OF) == 24 and data.PART_CLASSES[0] == "background"
-    assert list(data.VALID_NORMALS) == [int(number) for number in CLASSES_WITH_NORMALS.split()]
+    """A copy of the 24 part names, weights and channels; a checksum of the 170 classes with normals."""
+    parts = ("hair head lear lebrow leye mouth nose rear rebrow reye", "neck torso", "luarm ruarm",
+             "lhand llarm rhand rlarm", "luleg ruleg", "lfoot llleg rfoot rlleg")
+    assert data.PART_OF == {part: n for n, names in enumerate(parts, 1) for part in names.split()}
+    assert data.PART_CLASSES[1:] == ("head", "torso", "upper arm", "lower arm", "upper leg", "lower leg")
+    assert len(data.VALID_NORMALS) == 170 and zlib.crc32(str(data.VALID_NORMALS).encode()) == 0xDA615933
     rows = {"semseg": (21, 1, False), "human_parts": (7, 2, False), "sal": (1, 5, False),
             "edge": (1, 50, False), "normals": (3, 10, True)}
     assert rows == {name: (task.channels, task.weight, task.lower_is_better) for name, task in TASKS.items()}
-    assert data.VOC_CLASSES[1:] == tuple(
-        "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
-        "pottedplant sheep sofa train tvmonitor".split())
-    x = torch.tensor([0.0, 255]).view(1, 1, 1, 2).expand(1, 3, 1, 2)
-    black, white = data.normalise(x, "imagenet")[0, :, 0].unbind(-1)
-    np.testing.assert_allclose(black, [-2.1179, -2.0357, -1.8044], atol=1e-4)
-    np.testing.assert_allclose(white, [2.2489, 2.4286, 2.64], atol=1e-4)
-    assert data.normalise(x, "half").flatten().tolist() == [-1, 1] * 3
+    assert " ".join(data.VOC_CLASSES) == (
+        "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
+        "person pottedplant sheep sofa train tvmonitor")
+    black_and_white = torch.tensor([0.0, 255]).view(2, 1, 1, 1).expand(2, 3, 1, 1)
+    np.testing.assert_allclose(data.normalise(black_and_white, "imagenet").flatten(1),
+                               [[-2.1179, -2.0357, -1.8044], [2.2489, 2.4286, 2.64]], atol=1e-4)
+    assert data.normalise(black_and_white, "half").flatten().tolist() == [-1] * 3 + [1] * 3
 
 
-@pytest.mark.parametrize("name", ["sal", "image", "normals"])
-def test_sixteen_bits_are_scaled_and_floats_refused(broken, name):
-    path, size = data.find(broken, name, "2008_000001"), None if name == "image" else (48, 36)
-    values = np.full((36, 48), 20_000, np.uint16)
-    values[:, 24:] = 50_000
-    Image.fromarray(values).save(path, "PNG")
-    planes = data.read_map(broken, name, "2008_000001", size)
-    low, high = (0, 1) if name == "sal" else (77, 194)
-    assert (planes[:, :, :23] == low).all() and (planes[:, :, 25:] == high).all()
-    Image.fromarray(np.full((36, 48), 0.5, np.float32)).save(path, "TIFF")
-    with pytest.raises(data.Fault, match=f"{path} holds float32 numbers"):
-        data.read_map(broken, name, "2008_000001", size)
+def test_sixteen_bits_and_floats_are_refused(broken):
+    for name, mode, dtype in (("sal", "I;16", np.uint16), ("normals", "F", np.float32)):
+        path = data.find(broken, name, "2008_000001")
+        Image.fromarray(np.full((36, 48), 1, dtype)).save(path, "TIFF")
+        with pytest.raises(data.UserError, match=f"{path} .*mode {mode}: expected 8 bits a channel"):
+            data.read_map(broken, name, "2008_000001", (48, 36))
 
 
-# Batches.
+def test_files_are_read_anew_and_resized(broken):
+    """A corrected map is seen under its old date, too, and one of another size is legal."""
+    dataset = data.PascalContext(broken, "train", 32, ["sal", "normals"])
+    sal, normals = (data.find(broken, task, "2008_000001") for task in dataset.tasks)
+    before, written = dataset[0][1], sal.stat().st_mtime_ns
+    Image.new("L", (24, 18), 255).save(sal)
+    os.utime(sal, ns=(written, written))
+    Image.new("RGB", (9, 7), (128, 0, 128)).save(normals)
+    after = dataset[0][1]
+    assert not before["sal"].all() and after["sal"].all() and after["sal"].shape == (36, 48)
+    known = before["normals"].any(0)
+    assert known.any() and (after["normals"][1] < -0.99).equal(known)
 
 
-def a_scene(labels=None):
+def a_scene():
     """Random planes of all maps, (11, 48, 48): image, normals, saliency, semseg, parts, LabelMap."""
     generator = np.random.default_rng(3)
-    planes = np.zeros((11, 48, 48), np.uint8)
-    planes[:6] = generator.integers(0, 256, (6, 48, 48))
-    planes[7] = generator.integers(0, 21, (48, 48))
-    planes[8, 10:20, 10:20] = 3
-    if labels is None:
-        labels = np.kron(generator.choice([284, 59, 360], (6, 6)), np.ones((8, 8), int))
-    planes[9], planes[10] = labels & 255, labels >> 8
+    planes = generator.integers(0, 256, (11, 48, 48), np.uint8)
+    planes[6:9] %= np.array([2, 21, 7], np.uint8)[:, None, None]
+    labels = np.kron(generator.choice([284, 59, 360], (6, 6)), np.ones((8, 8), int))
+    planes[9:] = labels & 255, labels >> 8
     return torch.from_numpy(planes)
 
 
@@ -1494,8 +1364,8 @@ def warped(planes, matrix=((1, 0), (0, 1))):
 def test_a_warp_without_augmentation_is_the_image_and_a_mirrored_one_mirrors_every_map():
     planes = a_scene()
     images, targets = warped(planes)
-    truth = data.targets(planes[None], passes=2)
-    assert all((targets[task] == truth[task]).all() for task in TASKS)
+    truth = data.targets(planes[None], edges=lambda labels: thin(boundaries(labels), passes=2))
+    torch.testing.assert_close(targets, truth, rtol=0, atol=1e-6)
     np.testing.assert_allclose(images, data.normalise(planes[None, :3].float(), "imagenet"), atol=1e-4)
     mirrored_images, mirrored = warped(planes, ((-1, 0), (0, 1)))
     np.testing.assert_allclose(mirrored_images, images.flip(3), atol=1e-4)
@@ -1507,8 +1377,9 @@ def test_a_warp_without_augmentation_is_the_image_and_a_mirrored_one_mirrors_eve
 
 def test_normals_turn_with_their_image():
     """A quarter turn: what pointed right points down, and the pixel at the right is found at the bottom."""
-    planes = a_scene(labels=284)
+    planes = a_scene()
     planes[3:6] = torch.tensor([255, 127, 127])[:, None, None]
+    planes[9:] = torch.tensor([284 - 256, 1])[:, None, None]
     planes[7], planes[7, 24, 40] = 0, 7
     _, targets = warped(planes, ((0, 1), (-1, 0)))
     x, y, _ = targets["normals"][0, :, 24, 24].tolist()
@@ -1516,22 +1387,38 @@ def test_normals_turn_with_their_image():
     assert targets["semseg"][0].argmax().item() == 40 * 48 + 23
 
 
-def test_outside_of_the_image_nothing_is_true_and_no_edge_arises():
-    _, targets = warped(a_scene(labels=284), ((1.5, 0), (0, 1.5)))
-    for task in ("semseg", "sal"):
+def test_outside_of_the_image_nothing_is_true_without_people_no_part_and_no_edge_arises():
+    planes = a_scene()
+    planes[8] = 0
+    planes[9:] = torch.tensor([284 - 256, 1])[:, None, None]
+    _, targets = warped(planes, ((1.5, 0), (0, 1.5)))
+    for task in ("semseg", "sal", "edge"):
         assert (targets[task][0, :7] == IGNORE).all() and (targets[task][0, :, :7] == IGNORE).all()
-    assert not targets["normals"][0, :, :7].any()
-    assert not (targets["edge"] == 1).any()
+    assert (targets["human_parts"] == IGNORE).all()
+    assert not targets["normals"][0, :, :7].any() and not (targets["edge"] == 1).any()
 
 
-def test_images_of_several_sizes_share_a_batch(mini):
-    dataset = data.PascalContext(mini, "train", 32)
-    batch, *single = (data.warp(*canvas, 32, "imagenet")
-                      for canvas in dataset.canvases([[0, 1, 2], [0], [1], [2]], "cpu"))
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_of_several_sizes_share_a_batch_and_a_broken_file_is_one_line(broken, workers):
+    dataset, plan = data.PascalContext(broken, "train", 32), [[0, 1, 2], [0], [1], [2], [0, 3]]
+    bad = data.find(broken, "sal", dataset.ids[3])
+    bad.write_text("no picture")
+    canvases = dataset.canvases(plan, torch.device("cpu"), workers)
+    batch, *single = (data.warp(*next(canvases), 32, "imagenet") for _ in range(4))
     for i, alone in enumerate(single):
         np.testing.assert_allclose(batch.images[i], alone.images[0], atol=1e-4)
-        for task in set(TASKS) - {"normals"}:
-            assert (batch.targets[task][i] == alone.targets[task][0]).all()
+        for task in TASKS:
+            np.testing.assert_allclose(batch.targets[task][i], alone.targets[task][0], atol=1e-6)
+    with pytest.raises(data.UserError, match=f"cannot read {bad} .*replace the file"):
+        next(canvases)
+    assert type(dataset.canvas([0])[0]) is np.ndarray and type(dataset.canvas([0, 3])) is data.UserError
+
+
+def test_every_file_that_the_tasks_need_is_looked_for(broken):
+    data.find(broken, "semseg", "2009_000002").unlink()
+    data.PascalContext(broken, "train", 32, ["sal"]).require_files()
+    with pytest.raises(data.UserError, match="has no .*2009_000002.png: `python data.py"):
+        data.PascalContext(broken, "train", 32).require_files()
 
 
 def test_random_warps_stay_in_their_ranges():
@@ -1543,162 +1430,76 @@ def test_random_warps_stay_in_their_ranges():
     assert 19.5 < angle.max() <= 20.001
 
 
-# The cache.
+def test_the_demos_scenes_agree_with_themselves_and_with_their_files(mini):
+    for id, seed in (("2008_000013", 12), ("2010_000001", 10**7)):
+        scene, again = demo.scene(seed, 36, 48), demo.scene(seed, 36, 48)
+        assert all((scene[name] == again[name]).all() for name in scene if name != "objects")
+        parts = np.zeros((36, 48), int)
+        for kind, index, mask, pieces in scene["objects"]:
+            assert data.VOC_CLASSES[index] == kind
+            assert set(np.unique(scene["semseg"][mask])) <= {index, IGNORE}
+            for name, piece in pieces:
+                assert not (piece & ~mask).any()
+                parts[piece] = data.PART_OF[name]
+        planes = data.read_planes(mini, id, list(data.MAPS)).astype(int)
+        image, normals = (scene[name].transpose(2, 0, 1) for name in ("image", "normals"))
+        np.testing.assert_allclose(np.linalg.norm(normals, axis=0), 1, atol=1e-4)
+        assert abs(planes[:3] - image).mean() < 12 and abs(planes[3:6] / 127.5 - 1 - normals).max() < 0.005
+        assert (planes[6:9] == [scene["saliency"], scene["semseg"], parts]).all()
+        assert (planes[9] + 256 * planes[10] == scene["labelmap"]).all()
 
 
-def test_the_cache_holds_the_maps_that_are_asked_for_and_a_later_task_adds_its_own(mini, tmp_path):
-    ids = data.read_ids(mini, "train")
-
-    def build(*tasks):
-        folder = data.build_cache(mini, ids, tasks, tmp_path)
-        cached, files = (data.PascalContext(mini, "train", 32, tasks, cache) for cache in (folder, None))
-        assert all((cached.planes(i) == files.planes(i)).all() for i in range(13))
-        return tree(folder)
-
-    before = build("semseg")
-    assert {path.parent.name for path in before} == {"image", "semseg"}
-    after = build("normals", "semseg")
-    assert {path.parent.name for path in after} == {"image", "semseg", "normals", "labelmap"}
-    assert before.items() <= after.items()
-
-
-@pytest.mark.parametrize("harm", [
-    lambda path: path.write_bytes(path.read_bytes()[:-9]), lambda path: path.write_bytes(b""),
-    lambda path: path.write_text("no array"), lambda path: np.save(path, np.zeros((3, 2, 2), np.uint8)),
-    lambda path: np.save(path, np.zeros((1, 36, 48))), lambda path: np.save(path, {"an": "object"}),
-    lambda path: os.utime(path, (1, 1))])
-def test_a_file_of_the_cache_that_is_cut_foreign_or_older_than_its_source_is_made_again(mini, tmp_path, harm):
-    files = data.PascalContext(mini, "train", 32, ["semseg"])
-    files.ids = files.ids[:2]
-    before = tree(data.build_cache(mini, files.ids, ["semseg"], tmp_path))
-    stale = tmp_path / "semseg/2008_000001.npy"
-    harm(stale)
-    data.build_cache(mini, files.ids, ["semseg"], tmp_path)
-    cached = data.PascalContext(mini, "train", 32, ["semseg"], tmp_path)
-    assert (cached.planes(0) == files.planes(0)).all()
-    after = tree(tmp_path)
-    assert after.pop(stale) != before.pop(stale) and after == before
-
-
-def test_a_cache_is_not_taken_for_that_of_other_files(mini, broken, tmp_path):
-    """Of the same ids and sizes, but written at another time; an image that another size has replaced."""
-    labelmap, image = data.find(broken, "labelmap", "2008_000001"), data.find(broken, "image", "2008_000003")
-    labels((36, 48), np.full((36, 48), 3))(labelmap)
-    Image.new("RGB", (31, 23)).save(image)
-    for path in labelmap, image:
-        os.utime(path, (9, 9))
-    cases = (mini, ["sal", "edge"], (0, 2)), (broken, ["edge"], (0,)), (broken, ["sal"], (2,))
-    for root, tasks, chosen in cases:
-        files, cached = (data.PascalContext(root, "train", 32, tasks, cache) for cache in (None, tmp_path))
-        ids, trees = [files.ids[i] for i in chosen], []
-        for _ in range(2):
-            trees.append(tree(data.build_cache(root, ids, tasks, tmp_path)))
-            assert all(np.array_equal(cached.planes(i), files.planes(i)) for i in chosen)
-        assert trees[0] == trees[1]  # the second time nothing is to be done
-
-
-def test_batches_from_the_cache_are_those_from_the_files_and_come_faster(tmp_path):
-    """`pytest test_ase.py -k come_faster -s` prints the rates, for 500-pixel images and batches at 224."""
-    data.make_demo(tmp_path / "demo", 4, 1, 500)
-    files = data.PascalContext(tmp_path / "demo", "train", 224)
-    cache = data.build_cache(files.root, files.ids, TASKS, tmp_path / "cache")
-    cached = data.PascalContext(tmp_path / "demo", "train", 224, TASKS, cache)
-    warps = data.random_warps(4, torch.Generator().manual_seed(0)).split(2)
-
-    def batches(dataset, workers=0):
-        canvases = dataset.canvases([[0, 1], [2, 3]], torch.device("cpu"), workers)
-        return [data.warp(*canvas, 224, "half", TASKS, matrices) for canvas, matrices in zip(canvases, warps)]
-
-    for one, other in zip(batches(files), batches(cached, workers=2), strict=True):
-        assert torch.equal(one.images, other.images)
-        assert all(torch.equal(one.targets[task], other.targets[task]) for task in TASKS)
-    for job in (lambda dataset: [dataset.planes(i) for i in range(4)], batches):  # read alone, and warped
-        times = []
-        for dataset in (files, cached):
-            start = time.perf_counter()
-            for _ in range(3):
-                job(dataset)
-            times.append(time.perf_counter() - start)
-        from_files, from_cache = (12 / seconds for seconds in times)
-        print(f"\nimages/s: {from_files:.0f} from the files, {from_cache:.0f} from the cache", end="")
-        assert times[0] > (3 if job is not batches else 1) * times[1]
-
-
-def test_a_cache_that_cannot_be_written_is_one_line(mini, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(data.UserError, match="cannot write the cache .*--cache DIR"):
-        data.build_cache(mini, data.read_ids(mini, "train"), TASKS, tmp_path / "file")
-
-
-# The demo, and the check.
-
-
-def test_the_demo_is_deterministic_and_agrees_with_itself(mini):
-    one, two = data.scene(5, 48, 36), data.scene(5, 48, 36)
-    assert all((one[name] == two[name]).all() for name in one if name != "objects")
-    np.testing.assert_allclose(np.linalg.norm(one["normals"], axis=2), 1, atol=1e-4)
-    for kind, index, mask, parts in one["objects"]:
-        assert data.VOC_CLASSES[index] == kind
-        assert set(np.unique(one["semseg"][mask])) <= {index, IGNORE}
-        assert all(not (part & ~mask).any() for _, part in parts)
-    assert len({data.PascalContext(mini, "train", 32)[i][0].shape for i in range(8)}) >= 5
-    train_ids, val_ids = (set(data.read_ids(mini, split)) for split in ("train", "val"))
-    assert len(train_ids) == 13 and len(val_ids) == 7 and not train_ids & val_ids
+def test_a_data_set_is_known_wherever_it_lies_and_never_rendered_over(mini, broken, tmp_path):
+    assert data.fingerprint(mini) == data.fingerprint(broken)  # a copy
+    (broken / data.LISTS.format("val")).write_text("2008_000001")
+    assert data.fingerprint(mini) != data.fingerprint(broken)
+    for seed in (0, 1):
+        demo.make_demo(tmp_path / f"{seed}", 2, 1, 16, seed)
+    assert data.read_ids(tmp_path / "0", "train") == data.read_ids(tmp_path / "1", "train")
+    assert data.fingerprint(tmp_path / "0") != data.fingerprint(tmp_path / "1")
+    with pytest.raises(data.UserError, match=f"^{mini} exists: .*delete it$"):
+        demo.make_demo(mini, 2, 1, 16)
 
 
 @pytest.fixture
-def check(broken, tmp_path, capsys, monkeypatch):
-    """python data.py broken, in an empty folder: its exit code and what it prints."""
-    def run(*flags):
-        capsys.readouterr()
-        code = data.main([str(broken), *flags])
-        return code or 0, capsys.readouterr().out
-
-    (tmp_path / "empty").mkdir()
-    monkeypatch.chdir(tmp_path / "empty")
-    return run
+def check(broken, capsys, monkeypatch):
+    """python data.py broken, in the folder that holds it: its exit code and what it prints."""
+    monkeypatch.chdir(broken.parent)
+    return lambda: (data.main([str(broken)]), capsys.readouterr().out)
 
 
-def test_the_check_passes_a_good_set_and_draws_it(check):
-    code, told = check()
-    assert code == 0 and "a training could start\n" in told and "as expected" in told
-    assert drawn(Path("contact_broken.png"))
+def test_the_check_passes_a_good_set_draws_it_and_leaves_it_alone(broken, check):
+    before, (code, told) = tree(broken), check()
+    assert code == 0 and told.endswith(f"a training could start with --tasks {','.join(TASKS)}\n")
+    for split, n in (("train", 13), ("val", 7)):
+        assert all(f"\n{split:6}{name:12}{n:12}{n:12}{0:12}\n" in told for name in data.MAPS)
+    people = [data.read_planes(broken, id, ["image", "human_parts"])[3].any()
+              for id in data.read_ids(broken, "train")]
+    assert f" {np.mean(people):.0%} of the images have human parts" in told
+    assert "as expected" in told and "UPSIDE DOWN" not in told
+    assert drawn(Path("contact_broken.png")) and tree(broken) == before
 
 
-def test_the_check_counts_what_an_image_that_is_missing_leaves(broken, check):
+def test_the_check_counts_what_is_missing_or_broken_and_sees_normals_upside_down(broken, check):
     shutil.rmtree(broken / "human_parts")
     (broken / "JPEGImages/2008_000001.jpg").unlink()
-    Image.open(broken / "JPEGImages/2008_000003.jpg").save(data.find(broken, "semseg", "2008_000003"))
-    code, told = check()
-    counts = {line.split()[1]: line.split()[2:] for line in told.splitlines() if line.startswith("train ")}
-    assert counts["human_parts"] == ["13", "0", "13", "0", "0", "0"] and counts["image"][1:3] == ["12", "1"]
-    assert counts["sal"] == ["13", "13", "0", "0", "0", "0"] and counts["semseg"][5] == "1"
-    assert code == 1 and "has colours: expected one channel" in told
-
-
-def test_the_check_remarks_on_what_is_legal_but_odd(broken, check):
-    """LabelMap 0, and saliency and normals of another size, which are resized when read."""
-    scipy.io.savemat(broken / "pascal-context/trainval/2009_000002.mat",
-                     {"LabelMap": 0 * data.read_map(broken, "labelmap", "2009_000002", None)[0]})
-    Image.new("L", (24, 18), 255).save(broken / "sal_distill/2008_000001.png")
-    Image.new("RGB", (9, 7), (128, 0, 128)).save(broken / "normals_distill/2010_000001.png")
-    code, told = check()
-    assert code == 0 and "remark: 1 images, labelmap with LabelMap 0 somewhere" in told
-    for name in ("sal", "normals"):
-        assert f"remark: 1 images, {name} of another size than its image (legal: resized)" in told
-    (_, first), (_, second) = (data.PascalContext(broken, split, 32)[0] for split in ("train", "val"))
-    assert (first["sal"] == 1).all()
-    up = second["normals"][:, second["normals"].any(0)]
-    assert up.numel() and (up[1] < -0.99).all()
-
-
-def test_the_check_names_ids_in_both_lists_and_sees_normals_upside_down(broken, check):
+    semseg = data.find(broken, "semseg", "2008_000003")
+    Image.open(broken / "JPEGImages/2008_000003.jpg").save(semseg)
     for path in (broken / "normals_distill").iterdir():
         Image.fromarray(np.asarray(Image.open(path)) ^ np.array([0, 255, 0], np.uint8)).save(path)
-    (broken / "ImageSets/Context/val.txt").write_text("2008_000001")
     code, told = check()
-    assert code == 1 and "in both train.txt and val.txt: 1 ids, 2008_000001" in told
-    assert "UPSIDE DOWN" in told
+    for row in ("train image 13 12 0 missing: JPEGImages/{}.jpg of 2008_000001", "train sal 13 13 0",
+                "train human_parts 13 0 0 missing: human", f"train semseg 13 13 1 cannot read {semseg} ("):
+        assert row in " ".join(told.split())
+    assert told.count(" 0% of the images have human parts") == 2 and told.count("UPSIDE DOWN") == 2
+    assert code == 1 and "no training could start" in told
+
+
+def test_many_jobs_run_in_other_processes_few_in_this_one_and_all_in_order():
+    for total in (47, 48):
+        jobs = (f"{n}, __import__('os').getpid()" for n in range(total))
+        numbers, processes = zip(*data.parallel(eval, jobs, total, "test"))
+        assert [*numbers] == [*range(total)] and (os.getpid() in processes) == (total < 48)
 
 
 # ----------------------------------------------------------------------------------------- losses and metrics
@@ -1735,28 +1536,15 @@ def loss_by_hand(task, prediction, target):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_each_loss_is_the_loop_over_pixels(task):
-    prediction, target = random_maps(task)
-    loss = evaluate.losses({task: prediction}, {task: target})[task]
-    assert loss.item() == pytest.approx(loss_by_hand(task, prediction, target), rel=1e-5)
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_losses_of_parts_add_up_to_that_of_the_batch(task):
+def test_each_loss_is_the_loop_over_pixels_the_sum_of_its_parts_and_zero_without_truth(task):
     prediction, target = random_maps(task)
     counts = evaluate.count_pixels({task: target})
-    parts = [evaluate.losses({task: p}, {task: t}, counts)[task] for p, t in
-             zip(prediction.split([2, 1]), target.split([2, 1]))]
-    whole = evaluate.losses({task: prediction}, {task: target})[task]
-    assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-5)
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_without_any_truth_a_loss_is_zero_and_its_gradient_too(task):
-    prediction, target = random_maps(task)
-    prediction.requires_grad_()
+    parts = [evaluate.losses({task: p}, {task: t}, counts)[task].item()
+             for p, t in zip(prediction.split([2, 1]), target.split([2, 1]))]
+    whole = evaluate.losses({task: prediction}, {task: target})[task].item()
+    assert sum(parts) == pytest.approx(loss_by_hand(task, prediction, target), rel=1e-5) == whole
     nothing = target * 0 + (0 if task == "normals" else IGNORE)
-    loss = evaluate.losses({task: prediction}, {task: nothing})[task]
+    loss = evaluate.losses({task: prediction.requires_grad_()}, {task: nothing})[task]
     loss.backward()
     assert loss.item() == 0 and not prediction.grad.any()
 
@@ -1776,10 +1564,11 @@ def test_miou_against_sets_of_pixels():
 
 
 def test_a_gpu_without_native_bfloat16_computes_in_float32(monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda kind, dtype, enabled: dtype if enabled else torch.float32)
     for capability, expected in (((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        assert data.precision(torch.device("cuda")) == expected
-        assert data.precision(torch.device("cpu")) == torch.float32
+        assert data.autocast(torch.device("cuda")) == expected
+        assert data.autocast(torch.device("cpu")) == torch.float32
 
 
 def test_saliency_takes_the_best_threshold_of_the_mean_over_images():
@@ -1815,113 +1604,37 @@ def test_delta_m_gives_every_row_of_table_1():
         evaluate.delta_m(metrics, {"semseg": 1, "human_parts": 1, "sal": 1, "edge": 1})
 
 
-def test_each_image_is_judged_once_and_the_number_of_workers_changes_no_bit(mini, monkeypatch):
-    model = ase.ASE(ase.Config(image=32, dim=12, depth=1, heads=2, head_dim=8, experts=3, topk=1, rank=2))
-    dataset = data.PascalContext(mini, "val", 32)
-    results = []
-    for cores in (1, 3):
-        monkeypatch.setattr(data, "cores", lambda: cores)
-        results.append(evaluate.accumulate(model, dataset, "half", torch.device("cpu")))
-    for task in TASKS:
-        for one, three in zip(*results):
-            np.testing.assert_array_equal(one[task], three[task])
-    truths = [dataset[i][1] for i in range(7)]
+@pytest.fixture
+def judged(mini):
+    """An untrained model, and the validation split that it judges."""
+    config = ase.Config(image=32, dim=12, depth=1, heads=2, head_dim=8, experts=3, topk=1, rank=2)
+    return ase.ASE(config), data.PascalContext(mini, "val", 32)
+
+
+def test_each_image_is_judged_once_and_workers_change_no_bit(judged, mini, monkeypatch):
+    here = evaluate.accumulate(*judged, "half", torch.device("cpu"))
+    metrics = evaluate.evaluate(*judged, "half")
+    monkeypatch.setattr(data, "parallel", lambda function, jobs, total, what: data._pooled(function, jobs))
+    np.testing.assert_equal(evaluate.accumulate(*judged, "half", torch.device("cpu")), here)
+    (counts, of_constant), dataset = here, judged[1]
+    assert metrics == {task: evaluate.metric_of(task).value(counts[task]) for task in TASKS}
     for task in ("semseg", "human_parts"):
-        known = torch.cat([truth[task].flatten() for truth in truths])
-        expected = known[known != IGNORE].bincount(minlength=TASKS[task].channels)
-        assert results[0][0][task][:, 2].tolist() == expected.tolist()
+        known = torch.cat([dataset[i][1][task].flatten() for i in range(7)])
+        expected = known[known != IGNORE].bincount(minlength=TASKS[task].channels).tolist()
+        assert counts[task][:, 2].tolist() == expected
+        assert of_constant[task][:, 1].tolist() == [sum(expected)] + [0] * (len(expected) - 1)
     labels = [scipy.io.loadmat(data.find(mini, "labelmap", id))["LabelMap"] for id in dataset.ids]
-    assert results[0][0]["edge"][0, 2] == sum(slow_thin(slow_seg2bmap(x)).sum() for x in labels)
-    assert set(evaluate.evaluate(model, dataset, "half")) == set(TASKS)
+    assert counts["edge"][0, 2] == sum(slow_thin(slow_seg2bmap(x)).sum() for x in labels)
 
 
-def test_validation_losses_do_not_depend_on_the_batch(mini):
+def test_validation_losses_do_not_depend_on_the_batch(judged):
     """Seven images in batches of 1, 3 or 7: the last, incomplete one counts as it should."""
-    model = ase.ASE(ase.Config(image=32, dim=12, depth=1, heads=2, head_dim=8, experts=3, topk=1, rank=2))
-    dataset = data.PascalContext(mini, "val", 32)
-    losses, routings = zip(*(train.validate(model, dataset, {"batch": batch, "mean_std": "half"}, 0)
-                             for batch in (1, 3, 7)))
-    for found, expected in itertools.chain(zip(routings[1], routings[0]), zip(routings[2], routings[0])):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    for task in set(TASKS) - {"sal"}:  # saliency's weights are those of the batch
-        assert losses[0][task] == pytest.approx(losses[1][task], rel=1e-5)
-        assert losses[0][task] == pytest.approx(losses[2][task], rel=1e-5)
-
-
-# ----------------------------------------------------------------------------------------------- the commands
-
-SHORT = "--weights none --size 32 --epochs 2 --batch 4 --experts 4 --topk 2 --rank 2 --device cpu".split()
-
-
-def flags(root, out, more=""):
-    """What train.py is told for a short run into the folder `out`; the cache lies beside the data set."""
-    return ["--data", str(root), "--cache", f"{root}-cache", "--out", str(out), *SHORT, *more.split()]
-
-
-@pytest.fixture(scope="module")
-def trained(mini, tmp_path_factory):
-    """A finished run on the small demo, which no test changes."""
-    out = tmp_path_factory.mktemp("runs") / "run"
-    train.main(flags(mini, out))
-    return out
-
-
-@pytest.fixture
-def finished(trained, tmp_path):
-    """A copy of the finished run, with nothing in it but what training has written."""
-    return shutil.copytree(trained, tmp_path / "run")
-
-
-@pytest.fixture
-def fails(capsys):
-    """What a command says that ends in exit code 2: one line on stderr, no traceback."""
-    def run(main, *argv):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main([str(a) for a in argv])
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
-        return error
-
-    return run
-
-
-@pytest.fixture
-def table(capsys, monkeypatch, tmp_path):
-    """What evaluate.py prints, in a folder of its own. Its workers are threads here, which start at once."""
-    def run(*argv):
-        capsys.readouterr()
-        evaluate.main([*map(str, argv), "--device", "cpu"])
-        return capsys.readouterr().out
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, "workers", lambda: ThreadPoolExecutor(2))
-    return run
-
-
-def settings_of(run, **changes):
-    """A run's config.json, changed and written."""
-    settings = json.loads((run / "config.json").read_text()) | changes
-    (run / "config.json").write_text(json.dumps(settings))
-    return settings
-
-
-def weights_of(run):
-    return evaluate.load_checkpoint(run / "checkpoint.pt")["model"]
-
-
-def logged(run, kind):
-    return [record for record in evaluate.read_log(run) if record["kind"] == kind]
-
-
-def result_of(path):
-    """A result; a strict reader of JSON knows no NaN."""
-    text = path.read_text(encoding="ascii")
-    assert "NaN" not in text
-    return json.loads(text)
-
-
-# Training.
+    settings = [argparse.Namespace(batch=batch, mean_std="half", workers=0) for batch in (1, 3, 7)]
+    losses, routings = zip(*(train.validate(*judged, args) for args in settings))
+    for other in (1, 2):
+        torch.testing.assert_close([*routings[other]], [*routings[0]], rtol=1e-4, atol=1e-5)
+        for task in set(TASKS) - {"sal"}:  # saliency's weights are those of the batch
+            assert losses[other][task] == pytest.approx(losses[0][task], rel=1e-4)
 
 
 def test_weight_decay_acts_on_matrices_alone():
@@ -1943,67 +1656,29 @@ def test_weight_decay_acts_on_matrices_alone():
         assert found == {name for name, p in model.named_parameters() if p.requires_grad}
 
 
-class Stacked(ase.LoRAExperts):
-    """The routers of all tasks as one parameter, (T, D, N), and their noise as another."""
-
-    def __init__(self, **of):
-        super().__init__(**of)
-        for name in ("router", "router_noise"):
-            matrices = torch.stack([*getattr(self, name).values()])
-            delattr(self, name)
-            setattr(self, name, nn.Parameter(matrices.detach()))
-
-    def logits(self, x):
-        x = x.flatten(1, -2)
-        noise = torch.randn(*x.shape[:2], self.router.shape[-1], dtype=x.dtype)
-        return x @ self.router + noise * (F.softplus(x @ self.router_noise) + 0.01)
+def test_the_learning_rate_warms_up_and_then_falls_as_a_cosine():
+    rates = [train.learning_rate(step, 100, 3) for step in range(100)]
+    np.testing.assert_allclose(rates[:5], [0.6, 1.2, 1.8, 2.4, 3])
+    np.testing.assert_allclose(rates[5:], 3 * np.cos(np.arange(95) / 95 * np.pi / 2) ** 2, atol=1e-12)
 
 
-def test_named_routers_learn_as_stacked_ones_do():
-    config, results = small(), []
-    images = random(3, 3, 8, 8)
-    for stacked in (False, True):
-        torch.manual_seed(0)
-        model = ase.ASE(config).double().train()
-        for block in model.blocks:
-            block.experts.up.data = random(*block.experts.up.shape)
-            if stacked:
-                named, block.experts = block.experts, experts_of(config, Stacked).double()
-                own = named.state_dict()
-                state = {name: torch.stack([own[f"{name}.{task}"] for task in config.tasks])
-                         for name in ("router", "router_noise")}
-                block.experts.load_state_dict(state | {name: own[name] for name in ("down", "up")})
-        optimizer = torch.optim.AdamW(train.parameter_groups(model, False), lr=0.1)
-        for step in range(3):
-            torch.manual_seed(step)
-            predictions, routing = model(images)
-            loss = sum(y.square().mean() for y in predictions.values())
-            loss = loss - ase.mutual_information(routing.probs).sum()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        state = {name: p for name, p in model.state_dict().items() if ".router" not in name}
-        for i, block in enumerate(model.blocks):
-            for name in ("router", "router_noise"):
-                p = getattr(block.experts, name)
-                state[f"{i}.{name}"] = p if stacked else torch.stack([*p.values()])
-        results.append(state)
-    torch.testing.assert_close(*results)
-
-
-def test_three_steps_are_those_written_out(mini, tmp_path):
+def test_four_steps_are_those_written_out(mini, tmp_path):
     """Losses times 1, 2, 5, 50, 10, less 3 times the mutual information; the gradient cut to a norm of 10;
-    AdamW with decay 0.01 of the matrices; a rate of 0.01 in step 1 (warm-up) and 2, half of it in step 3."""
-    train.main(flags(mini, tmp_path / "run", "--epochs 3 --batch 13 --mi 3 --noise 0 --lr 0.01 --seed 5"))
+    AdamW with decay 0.01 of the matrices; a rate of 0.01 in step 1, which is the warm-up, and a cosine from
+    there; an order and warps of each epoch's own, noise of each step's own."""
+    train.main(flags(mini, tmp_path / "run", "--epochs 2 --batch 6 --mi 3 --lr 0.01 --seed 5"))
     torch.manual_seed(5)
     model = ase.ASE(evaluate.open_run(tmp_path / "run").config)
     learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in learned.items()}
-    norms = []
-    for step, rate in enumerate((0.01, 0.01, 0.005)):
-        order, warps = train.shuffle(13, step, 5)
-        canvas = data.PascalContext(mini, "train", 32).canvas(order)
-        batch = data.warp(*canvas, 32, "imagenet", target_to_source=warps[order])
+    norms, batches = [], []
+    for step, rate in enumerate((0.01, 0.01, 0.0075, 0.0025)):
+        if not batches:
+            order, warps = train.shuffle(13, step // 2, 5)
+            batches = [order[:6], order[6:12]]
+            canvases = data.PascalContext(mini, "train", 32).canvases(batches[:], torch.device("cpu"))
+        torch.manual_seed(5 * 1_000_003 + step)
+        batch = data.warp(*next(canvases), 32, "imagenet", target_to_source=warps[batches.pop(0)])
         predictions, routing = model(batch.images)
         losses = evaluate.losses(predictions, batch.targets)
         p = routing.probs
@@ -2022,7 +1697,7 @@ def test_three_steps_are_those_written_out(mini, tmp_path):
                 p -= rate * (0 if vector else 0.01) * p
                 mean, square = first / (1 - 0.9 ** (step + 1)), second / (1 - 0.999 ** (step + 1))
                 p -= rate * mean / (square.sqrt() + 1e-8)
-    assert max(norms) > 10 > min(norms)
+    assert max(norms) > 10 > min(norms), norms
     found = weights_of(tmp_path / "run")
     errors = torch.cat([(found[name] - p.detach()).abs().flatten() for name, p in learned.items()])
     # Adam enlarges the rounding of the few gradients that are nearly zero
@@ -2031,7 +1706,7 @@ def test_three_steps_are_those_written_out(mini, tmp_path):
 
 def test_four_images_are_learned_by_heart(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "random_warps", lambda number, _: torch.eye(2).expand(number, 2, 2))
-    data.make_demo(tmp_path / "four", 4, 1, 48, seed=5)  # people in two
+    demo.make_demo(tmp_path / "four", 4, 1, 48, seed=5)  # people in two
     train.main(flags(tmp_path / "four", tmp_path / "run", "--epochs 50 --lr 5e-3 --batch 2"))
     first, *_, last = (np.array([*record["losses"].values()]) for record in logged(tmp_path / "run", "step"))
     assert (last / first < [0.3, 0.3, 0.5, 0.8, 0.5]).all(), last / first
@@ -2073,57 +1748,35 @@ def test_the_regulariser_of_micro_batches_counts_by_their_images(mini, tmp_path,
 
 
 def test_each_epoch_has_an_order_and_warps_of_its_own():
-    (order, warps), (other, others), (again, _) = (train.shuffle(101, epoch, 3) for epoch in (0, 1, 0))
-    assert order.tolist() == again.tolist() != other.tolist() and sorted(order.tolist()) == list(range(101))
-    assert (warps != others).any()
+    (order, warps), *others = (train.shuffle(101, *which) for which in ((0, 3), (1, 3), (0, 4)))
+    assert sorted(order.tolist()) == list(range(101))
+    for other, other_warps in others:
+        assert (other != order).any() and (other_warps != warps).any()
 
 
-def test_pretrained_weights_are_taken_and_stay(mini, tmp_path):
+def test_pretrained_weights_stay_or_are_trained_at_a_tenth_of_the_rate(mini, tmp_path):
+    """The first step of Adam moves each weight by the rate, 0.01, or less where its gradient is nearly 0."""
     tiny = backbone_of(ase.Config(**ase.BACKBONES["vit_tiny"] | {"image": 32}))
     torch.save(tiny, tmp_path / "vit.pt")
-    train.main(flags(mini, tmp_path / "run", f"--epochs 1 --weights {tmp_path / 'vit.pt'}"))
-    after = weights_of(tmp_path / "run")
-    assert all(torch.equal(after[name], x) for name, x in tiny.items())
+    for lora, expected in ((4, 0), (0, 0.001)):
+        more = f"--epochs 1 --batch 13 --lr 0.01 --lora {lora} --weights {tmp_path / 'vit.pt'}"
+        train.main(flags(mini, tmp_path / f"run-{lora}", more))
+        after = weights_of(tmp_path / f"run-{lora}")
+        moved = max((after[name] - x).abs().max().item() for name, x in tiny.items())
+        assert moved == pytest.approx(expected, rel=0.05)
 
 
-def test_a_demo_starts_from_the_backbone_that_comes_with_the_project(mini, tmp_path, monkeypatch):
+def test_a_first_training_makes_the_demo_and_starts_from_the_backbone_beside_it(tmp_path, monkeypatch):
+    make = demo.make_demo
+    monkeypatch.setattr(demo, "make_demo", lambda root: make(root, 6, 2, 48))
     monkeypatch.chdir(tmp_path)
-    argv = flags(mini, "run", "--epochs 1")
+    argv = flags("demo", "run", "--epochs 1")
     del argv[argv.index("--weights"):argv.index("--weights") + 2]
     train.main(argv)
     shipped, after = ase.load(train.OWN_BACKBONE), weights_of(Path("run"))
     assert shipped.keys() == vit_names(4) and train.OWN_BACKBONE.stat().st_size < 4e6
     assert all(torch.equal(after[name], x.float()) for name, x in shipped.items() if name != "pos_embed")
-
-
-def test_pretraining_goes_on_after_a_kill_and_its_file_is_one_like_any_other(tmp_path, monkeypatch, fails):
-    monkeypatch.setattr(train, "PRETRAIN", dict(images=12, held_out=8, epochs=2, batch=4, lr=1e-3, seed=0))
-    whole, killed = tmp_path / "whole.pt", tmp_path / "killed.pt"
-    train.main(["--pretrain", str(whole)])
-
-    def kill(step, *of):
-        assert step < 4, "killed"
-        return rate(step, *of)
-
-    rate = train.learning_rate
-    with monkeypatch.context() as patch, pytest.raises(AssertionError, match="killed"):
-        patch.setattr(train, "learning_rate", kill)
-        train.main(["--pretrain", str(killed)])
-    assert not killed.exists()
-    train.main(["--pretrain", str(killed)])
-    found, expected = ase.load(killed), ase.load(whole)
-    assert all(torch.equal(found[name], x) and x.dtype == torch.half for name, x in expected.items())
-    torch.manual_seed(0)
-    fresh = ase.ASE(ase.Config(**ase.BACKBONES["vit_tiny"], experts=0, tasks={"classes": 20}))
-    before = {name: p.half() for name, p in fresh.named_parameters()}
-    still = {name for name, x in expected.items() if torch.equal(x, before[name])}
-    assert still == {"patch_embed.proj.weight", "patch_embed.proj.bias"}  # these stay random
-    assert f"{len(vit_names(4))} tensors loaded" in ase.load_backbone(fresh, whole)
-    facts = json.loads((tmp_path / "whole.json").read_text())
-    assert facts["images"] == 12 and 0 <= facts["f1"] <= 1 and len(list(tmp_path.iterdir())) == 4
-    assert "exists" in fails(train.main, "--pretrain", whole)
-    (tmp_path / "bad.pt.partial").write_text("no checkpoint")
-    assert "bad.pt.partial" in fails(train.main, "--pretrain", tmp_path / "bad.pt")
+    assert len(data.read_ids("demo", "train")) == 6
 
 
 @pytest.mark.parametrize("more", ["--lora 0", "--experts 0", "--experts 0 --lora 3 --tasks normals,sal",
@@ -2140,8 +1793,8 @@ def test_the_ways_to_train(mini, tmp_path, table, more):
     assert list(result_of(tmp_path / "run/metrics.json")["metrics"]) == list(config.tasks)
 
 
-@pytest.mark.parametrize("flag", ["--compile", "--checkpointing"])
-def test_compiling_and_recomputing_change_no_weight(mini, trained, tmp_path, monkeypatch, flag):
+@pytest.mark.parametrize("flag", ["--compile", "--checkpointing", "--workers 2"])
+def test_compiling_recomputing_and_reading_ahead_change_no_weight(mini, trained, tmp_path, monkeypatch, flag):
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model: compiled(model, backend="eager", fullgraph=True))
     train.main(flags(mini, tmp_path / "run", flag))
@@ -2168,66 +1821,30 @@ def test_the_log_holds_steps_and_epochs_and_what_the_routers_do_in_use(mini, tra
     assert [r["step"] for r in steps] == [3, 6] and [r["epoch"] for r in epochs] == [1, 2]
     for losses in [r["losses"] for r in steps] + [r["val"] for r in epochs]:
         assert set(losses) == set(TASKS) and all(map(math.isfinite, losses.values()))
-    model = evaluate.load_model(evaluate.open_run(trained), torch.device("cpu"))
-    canvases = data.PascalContext(mini, "val", 32).canvases([[i] for i in range(7)], "cpu")
+    cpu = torch.device("cpu")
+    model = evaluate.load_model(evaluate.open_run(trained), cpu)
+    canvases = data.PascalContext(mini, "val", 32).canvases([[i] for i in range(7)], cpu)
     routings = [model(data.warp(*canvas, 32, "imagenet").images)[1] for canvas in canvases]
-    probs, gates, power = (torch.stack(x).mean(0).detach().numpy() for x in zip(*routings))
+    probs, gates = (torch.stack(x).mean(0).detach().numpy() for x in zip(*routings))
     np.testing.assert_allclose(epochs[-1]["gates"], gates, atol=1e-5)
     np.testing.assert_allclose(gates.sum(-1), 1, atol=1e-5)  # joint gates
     np.testing.assert_allclose(epochs[-1]["shared_mass"], gates[..., 0], atol=1e-5)
     information = (probs * np.log(probs / probs.mean(1, keepdims=True))).sum((1, 2)) / 5
     np.testing.assert_allclose(epochs[-1]["mutual_information"], information, atol=1e-5)
-    np.testing.assert_allclose(epochs[-1]["scale"], np.sqrt(power), atol=1e-5)
-
-
-@pytest.mark.parametrize("more, parts", [
-    ("--shared 2 --topk 1", ["LoRA", "shared experts", "sparse experts"]),
-    ("--shared 0", ["LoRA", "sparse experts"]), ("--experts 0", ["backbone"])])
-def test_conflicts_are_the_angles_between_the_gradients_of_single_losses(mini, tmp_path, table, more, parts):
-    """And whether they are measured changes no weight, neither in one part nor in micro-batches."""
-    argv = "--epochs 1 --micro-batch 2 " + more
-    for out, conflict in (("plain", ""), ("run", "--conflict")):
-        train.main(flags(mini, tmp_path / out, f"{argv} {conflict}"))
-    table(tmp_path / "run")
-    plain, run = (weights_of(tmp_path / out) for out in ("plain", "run"))
-    assert all((run[name] == p).all() for name, p in plain.items()) and drawn(tmp_path / "run/conflicts.png")
-    model = evaluate.load_model(evaluate.open_run(tmp_path / "run"), torch.device("cpu"))
-    batch = data.warp(*data.PascalContext(mini, "train", 32).canvas(range(13)), 32, "imagenet")
-    gradients = {part: [] for part in parts}
-    for task in TASKS:
-        model.zero_grad()
-        evaluate.losses(model(batch.images)[0], batch.targets)[task].backward()
-        of = {part: [] for part in parts}
-        for name, p in model.named_parameters():
-            if re.search(r"experts\.(up|down)$", name):
-                s = model.config.shared
-                of["sparse experts"].append(p.grad[s:].flatten())
-                if s:
-                    of["shared experts"].append(p.grad[:s].flatten())
-            elif p.requires_grad and not re.search("heads|router|embedding", name):
-                of["LoRA" if "lora" in name else "backbone"].append(p.grad.flatten())
-        for part in parts:
-            gradients[part].append(torch.cat(of[part]).numpy())
-    (record,) = logged(tmp_path / "run", "epoch")
-    assert set(record["conflict"]) == set(parts)
-    for part, g in gradients.items():
-        expected = [[a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a in g] for b in g]
-        np.testing.assert_allclose(record["conflict"][part], expected, atol=1e-4)
-    pairs = [expected[i][j] for i in range(5) for j in range(i)]
-    share, mean = evaluate.opposed(expected)
-    assert share == sum(x < 0 for x in pairs) / 10 and mean == pytest.approx(sum(pairs) / 10)
-    assert evaluate.opposed([[1, -0.5, 0], [-0.5, 1, 0], [0, 0, 0]]) == (1, -0.5)  # the third has no truth
 
 
 @pytest.mark.parametrize("extend", [False, True])
-def test_a_killed_training_resumes_to_the_same_bits(mini, trained, tmp_path, extend):
-    """Killed when the second checkpoint is written, but not yet in the place of the first."""
-    more = ""
+def test_a_killed_training_resumes_to_the_same_bits(mini, tmp_path, extend):
+    """Killed when the second checkpoint is written, but not yet in the place of the first. When it goes on,
+    its data lie elsewhere; so does the run that it extends, which has changed; its weights file is gone."""
+    here, there = shutil.copytree(mini, tmp_path / "here"), tmp_path / "there"
+    start, moved = tmp_path / "start", tmp_path / "moved"
     if extend:
-        train.main(flags(mini, tmp_path / "base", "--epochs 1 --tasks sal"))
-        more = f"--extend {tmp_path}/base --tasks edge"
-        trained = tmp_path / "whole"
-        train.main(flags(mini, trained, more))
+        train.main(flags(here, start, "--epochs 1 --tasks sal"))
+    else:
+        torch.save(backbone_of(ase.Config(**ase.BACKBONES["vit_tiny"] | {"image": 32})), start)
+    more = "--tasks edge --extend" if extend else "--weights"
+    train.main(flags(here, tmp_path / "whole", f"{more} {start}"))
     script = ("import os, signal, sys, train\n"
               "replace = os.replace\n"
               "def killed(old, new):\n"
@@ -2236,21 +1853,63 @@ def test_a_killed_training_resumes_to_the_same_bits(mini, trained, tmp_path, ext
               "    replace(old, new)\n"
               "os.replace = killed\n"
               "train.main()\n")
-    run, argv = tmp_path / "run", flags(mini, tmp_path / "run", more)
-    other = tmp_path / "other"
-    train.main(flags(mini, other, "--epochs 1 --tasks sal --lr 0.1"))
+    run = tmp_path / "run"
     number = str(torch.get_num_threads())
     threads = {f"{library}_NUM_THREADS": number for library in ("OMP", "MKL", "OPENBLAS")}
-    code = subprocess.call([sys.executable, "-c", script, *argv], cwd=ROOT, stdout=subprocess.DEVNULL,
-                           env=os.environ | threads)  # another number of threads rounds differently
-    assert code == -signal.SIGKILL and evaluate.load_checkpoint(run / "checkpoint.pt")["epoch"] == 1
-    assert list(run.glob("*.tmp")) and len(logged(run, "epoch")) == 2
-    if extend:  # what the base has become since then does not matter
-        shutil.copy(other / "checkpoint.pt", tmp_path / "base")
-    train.main(argv)
-    found = weights_of(run)
-    assert all((found[name] == expected).all() for name, expected in weights_of(trained).items())
-    assert [r["step"] for r in logged(run, "step")] == [3, 6] and not list(run.glob("*.tmp"))
+    argv = [sys.executable, "-c", script, *flags(here, run, f"{more} {start}")]
+    # another number of threads rounds differently
+    code = subprocess.call(argv, cwd=ROOT, stdout=subprocess.DEVNULL, env=os.environ | threads)
+    assert code == -signal.SIGKILL and evaluate.load_checkpoint(run)["epoch"] == 1
+    assert list(run.glob(".*.tmp")) and len(logged(run, "epoch")) == 2
+    here.rename(there)
+    if extend:
+        state = evaluate.load_checkpoint(start)
+        state["model"] = {name: 0 * p for name, p in state["model"].items()}
+        torch.save(state, start / "checkpoint.pt")
+    start.rename(moved)
+    train.main(flags(there, run, f"{more} {moved if extend else start}"))
+    found, expected = weights_of(run), weights_of(tmp_path / "whole")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], p) for name, p in expected.items())
+    assert [r["step"] for r in logged(run, "step")] == [3, 6] and not list(run.glob(".*.tmp"))
+
+
+def test_a_finished_run_says_so_and_what_is_not_its_own_is_named(trained, mini, broken, fails, capsys):
+    """Flags and data; a copy of the data set is the same one."""
+    for root in (mini, broken):
+        assert not train.main(flags(root, trained)) and "is finished" in capsys.readouterr().out
+    for flag in ("--rank 3", "--seed 5", "--gating fixed", "--lr 0.5", "--tasks sal"):
+        assert f"a run with {flag.split()[0][2:]} " in fails(train.main, *flags(mini, trained, flag))
+    for name in ("demo.json", "ImageSets/Context/train.txt", "ImageSets/Context/val.txt"):
+        good = (broken / name).read_text()
+        seed = json.dumps(json.loads(good) | {"seed": 1}) if name == "demo.json" else None
+        (broken / name).write_text(seed or good[good.index("\n"):])
+        assert "a run with dataset " in fails(train.main, *flags(broken, trained))
+        (broken / name).write_text(good)
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_blocks_no_other(broken, tmp_path, fails):
+    run, source = tmp_path / "run", data.find(broken, "labelmap", "2008_000001")
+    good = source.read_bytes()
+    source.write_bytes(b"")
+    fails(train.main, *flags(broken, run))
+    assert settings_of(run)["seed"] == 0
+    source.write_bytes(good)
+    (run / ".checkpoint.pt.999999999.tmp").write_text("{")  # left by a kill
+    (run / "log.jsonl").write_bytes(b'{"kind": "step", "los\n\xff\xfe\x00\n{"kind"')
+    train.main(flags(broken, run, "--seed 3 --epochs 1"))
+    assert settings_of(run)["seed"] == 3 and not list(run.glob(".*.tmp"))
+    assert [r["kind"] for r in evaluate.read_log(run)] == ["step", "epoch"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/thesis.tex").write_text("no run")
+    assert "thesis.tex" in fails(train.main, *flags(broken, tmp_path / "other"))
+
+
+def test_a_loss_that_is_not_finite_ends_the_training(mini, tmp_path, fails, monkeypatch):
+    monkeypatch.setitem(evaluate.LOSSES, "edge_bce", lambda p, *_: p.sum() * math.nan)
+    error = fails(train.main, *flags(mini, tmp_path / "run", "--batch 13"))
+    assert "the edge loss is nan at step 1: " in error
+    assert not (tmp_path / "run/checkpoint.pt").exists()
 
 
 @pytest.mark.parametrize("more", ["", "--experts 0", "--gating fixed --noise 0"])
@@ -2259,12 +1918,12 @@ def test_a_task_is_added_to_a_trained_model_and_changes_nothing_else(mini, tmp_p
     base, run = tmp_path / "base", tmp_path / "run"
     train.main(flags(mini, base, "--epochs 1 --tasks semseg,edge " + more))
     written = tree(base)
-    train.main(f"--extend {base} --tasks normals --out {run} --epochs 2 --batch 13".split())
+    train.main(f"--extend {base} --tasks normals --out {run} --epochs 2 --batch 13 --device cpu".split())
     old, new, config = weights_of(base), weights_of(run), evaluate.open_run(run).config
     assert tree(base) == written and list(config.tasks) == ["semseg", "edge", "normals"]
     assert all((new[name] == p).all() for name, p in old.items())
     torch.manual_seed(0)
-    alone = ase.ASE(evaluate.with_tasks(config, "normals"))
+    alone = ase.ASE(evaluate.open_run(run, "normals").config)
     fresh = {name: p for name, p in alone.named_parameters() if name not in old}
     assert new.keys() - old.keys() == fresh.keys() and all("normals" in name for name in fresh)
     assert all((new[name] != p).any() for name, p in fresh.items())
@@ -2279,7 +1938,8 @@ def test_a_task_is_added_to_a_trained_model_and_changes_nothing_else(mini, tmp_p
     if "--noise 0" in more:  # the norm of step 1, from the loss alone
         alone.load_state_dict(old, strict=False)
         order, warps = train.shuffle(13, 0, 0)
-        canvas = data.PascalContext(mini, "train", 32, alone.config.tasks).canvas(order)
+        arrays = data.PascalContext(mini, "train", 32, alone.config.tasks).canvas(order)
+        canvas = map(torch.from_numpy, arrays)
         batch = data.warp(*canvas, 32, "imagenet", alone.config.tasks, warps[order])
         loss = evaluate.losses(alone(batch.images)[0], batch.targets)["normals"]
         gradients = torch.autograd.grad(loss, [p for name, p in alone.named_parameters() if name in fresh])
@@ -2291,345 +1951,95 @@ def test_a_task_is_added_to_a_trained_model_and_changes_nothing_else(mini, tmp_p
     first, whole = (result_of(r / "metrics.json")["metrics"] for r in (base, run))
     assert list(whole) == list(config.tasks)
     assert first == pytest.approx({task: whole[task] for task in first}, abs=0.01)
-    train.main(f"--extend {run} --tasks sal --out {tmp_path}/more --epochs 1".split())
+    train.main(f"--extend {run} --tasks sal --out {tmp_path}/more --epochs 1 --device cpu".split())
     assert list(evaluate.open_run(tmp_path / "more").config.tasks) == ["semseg", "sal", "edge", "normals"]
 
 
-def test_some_tasks_are_judged_alone_with_their_numbers(finished, table, monkeypatch):
-    told = table(finished)
-    passes, forward = [], ase.ASE.features
-
-    def features(model, images):
-        tokens, routing = forward(model, images)
-        passes.append(len(tokens))
-        return tokens, routing
-
-    monkeypatch.setattr(ase.ASE, "features", features)
-    told = table(finished, "--tasks", "edge,semseg")
-    assert "metrics-tasks-semseg-edge.json, which is not the full default protocol" in told
-    some = result_of(finished / "metrics-tasks-semseg-edge.json")["metrics"]
-    whole = result_of(finished / "metrics.json")["metrics"]
-    assert set(passes) == {2}
-    assert some == pytest.approx({task: whole[task] for task in ("semseg", "edge")}, abs=0.01)
-    assert drawn(finished / "predictions-tasks-semseg-edge.png")
-
-
-@pytest.mark.parametrize("wrong, told", [
-    ("--tasks sal", "has sal already: name a task that it lacks, --tasks semseg,human_parts,edge,normals"),
-    ("--tasks depth", "unknown or named twice"), ("--tasks edge --rank 3", "--rank 3: .* has 2"),
-    ("--tasks edge --experts 0", "--experts 0: .* has 4"),
-    ("--tasks edge --backbone vit_small", "has vit_tiny"),
-    ("--tasks edge --mean-std half", "has imagenet"), ("--tasks edge --weights x.pt", "leave the flag out"),
-    ("--tasks edge --size 64", "has 32"), ("--tasks edge --data nowhere", "no data folder"),
-    ("--tasks edge --out {base}", "name another one"), ("--tasks edge --conflict", "no --extend"),
-    ("--tasks edge --data {lacking}", "missing")])
-def test_what_cannot_extend_a_run_is_one_line(mini, broken, tmp_path, fails, wrong, told):
+def test_what_cannot_extend_a_run_is_one_line(mini, broken, tmp_path, fails):
     base, out = tmp_path / "base", tmp_path / "run"
     train.main(flags(mini, base, "--epochs 1 --tasks sal"))
     shutil.rmtree(broken / "pascal-context")
     written = tree(base)
-    argv = ["--extend", base, "--out", out, *wrong.format(base=base, lacking=broken).split()]
-    assert re.search(told, fails(train.main, *argv))
-    assert tree(base) == written and not {"log.jsonl", "checkpoint.pt"} & {p.name for p in out.glob("*")}
-    if wrong == "--tasks sal":
-        assert "no config.json" in fails(train.main, "--extend", tmp_path / "nowhere", "--tasks", "edge")
-        settings_of(base, epochs=2)
-        assert "1 of its 2 epochs" in fails(train.main, "--extend", base, "--tasks", "edge", "--out", out)
 
+    def told(more):
+        return fails(train.main, "--extend", base, "--out", out, "--device", "cpu", *more.split())
 
-def test_a_finished_run_says_so_and_other_flags_are_named(trained, mini, fails, capsys):
-    same = flags(mini, trained)
-    assert not train.main(same) and "is finished" in capsys.readouterr().out
-    for flag in ("--rank 3", "--seed 5", "--gating fixed", "--lr 0.5", "--tasks sal"):
-        assert flag.split()[0] in fails(train.main, *same, *flag.split())
-
-
-def test_a_data_set_has_one_name_however_it_is_typed(mini, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(shutil.copytree(mini, tmp_path / "here/demo").parent)
-    for n, name in enumerate(("demo", "./demo", "demo/", str(tmp_path / "here/demo"))):
-        train.main(flags(name, "my run", f"--epochs 1 --cache {tmp_path}/cache"))
-        told = capsys.readouterr().out
-        assert ("is finished" in told) == (n > 0) and "next: python evaluate.py 'my run'" in told
-
-
-def test_a_run_that_failed_before_its_first_checkpoint_blocks_no_other(broken, tmp_path, fails):
-    run, source = tmp_path / "run", data.find(broken, "labelmap", "2008_000001")
-    good = source.read_bytes()
-    source.write_bytes(b"")
-    fails(train.main, *flags(broken, run))
-    assert settings_of(run)["seed"] == 0
-    source.write_bytes(good)
-    for name in (".checkpoint.pt.999999999.tmp", ".config.json.999999999.tmp"):  # left by a kill
-        (run / name).write_text("{")
-    (run / "log.jsonl").write_text('{"kind": "step", "los')
-    train.main(flags(broken, run, "--seed 3 --epochs 1"))
-    assert settings_of(run)["seed"] == 3 and not list(run.glob("*.tmp"))
-    assert [r["kind"] for r in evaluate.read_log(run)] == ["step", "epoch"]
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/thesis.tex").write_text("no run")
-    assert "thesis.tex" in fails(train.main, *flags(broken, tmp_path / "other"))
-
-
-def test_a_refusal_gives_the_command_that_works(mini, finished, tmp_path, fails, monkeypatch):
-    """More epochs on a finished run, a loss that is not finite: the same flags, another folder."""
-    finished = finished.rename(tmp_path / "my run")
-    error = fails(train.main, *flags(mini, finished, "--epochs 1"))
-    assert "is finished" in error
-    monkeypatch.setitem(evaluate.LOSSES, "edge_bce", lambda p, *_: p.sum() * math.nan)
-    other = fails(train.main, *flags(mini, tmp_path / "nan", "--epochs 1"))
-    assert "the edge loss is not finite at step 1;" in other and "checkpoint" in other
-    monkeypatch.undo()
-    for error, out in ((error, "my run-2"), (other, "nan-2")):
-        assert error.count("python train.py ") == 1
-        train.main(shlex.split(error.split("python train.py ")[1]))
-        assert evaluate.load_checkpoint(tmp_path / out / "checkpoint.pt")["epoch"] == 1
-
-
-def test_a_run_of_an_earlier_version_is_judged_but_not_continued(finished, mini, table, fails):
-    settings = settings_of(finished)
-    del settings["noise"], settings["model"]["noise"], settings["extend"]
-    (finished / "config.json").write_text(json.dumps(settings))
-    assert "4/2/1/2" in table(finished)
-    assert "earlier version" in fails(train.main, *flags(mini, finished))
-
-
-def test_a_line_of_the_log_that_is_no_record_is_left_out(finished):
-    whole = evaluate.read_log(finished)
-    with open(finished / "log.jsonl", "ab") as file:
-        file.write(b'{"kind": "step", "st\n\xff\xfe\x00\n[1, 2]\n5\n{"step": 1, "epoch": 1}\n'
-                   b'{"kind": "step", "epoch": 1}\n{"kind": "step", "step": "3", "epoch": 1}\n')
-    assert evaluate.read_log(finished) == whole and len(whole) == 4
-
-
+    assert "'sal' is unknown or named twice; expected some of semseg,human_parts,edge" in told("--tasks sal")
+    for more, has in (("--rank 3", "rank 2"), ("--experts 0", "experts 4"), ("--mean-std half", "imagenet"),
+                      ("--backbone vit_small", "vit_tiny"), ("--size 64", "size 32"),
+                      ("--data nowhere", "no .*nowhere"), (f"--out {base}", "name another folder"),
+                      (f"--data {broken}", "has no pascal-context")):
+        assert re.search(has, told(f"--tasks edge {more}")), more
+    assert "no config.json" in told(f"--tasks edge --extend {broken}")
+    assert tree(base) == written and not out.exists()
+    settings_of(base, epochs=2)
+    assert "1 of its 2 epochs" in told("--tasks edge")
 # Judging a run.
 
 
-def test_evaluating_draws_remembers_and_tells(finished, table):
+def test_a_run_is_judged_drawn_and_kept_and_judged_again_when_it_is_named(finished, broken, table):
+    """A data set is known by its lists: a copy is the same one, also when labels in it are corrected."""
     told = table(finished)
-    assert "4/2/1/2" in told and "constant" in told and "kept in metrics.json\n" in told
-    assert f"{finished}: judged in" in told and "baseline: none for this data set" in told
+    assert "4/2/1/2" in told and "constant" in told and "baseline: none for this data set" in told
+    assert told.index("constant") < told.index(f"kept in {finished}: metrics.json, predictions.png")
     result = result_of(finished / "metrics.json")
-    assert list(result)[0] == "metrics" and set(result["metrics"]) == set(TASKS) and result["images"] == 7
-    assert result["delta_m"] is None
-    for name in ("predictions", "experts", "curves", "edges"):
-        assert drawn(finished / f"{name}.png")
-    (finished / "curves.png").unlink()
-    told = table(finished, "--baseline", finished)  # remembered: nothing is drawn again
-    assert f"{finished}: kept in metrics.json from {result['judged']}" in told
-    assert not (finished / "curves.png").exists()
+    assert list(result)[0] == "metrics" and set(result["metrics"]) == set(TASKS) and result["epoch"] == 2
+    assert all(drawn(finished / f"{name}.png") for name in ("predictions", "experts", "curves"))
+    matched, predicted, truth = np.array(result["edge"]["counts"]).T
+    precision, recall = matched / np.maximum(predicted, 1), matched / truth
+    best = max(2 * p * r / (p + r) for p, r in zip(precision, recall) if p + r)
+    assert len(matched) == len(result["edge"]["thresholds"]) == 101
+    assert result["metrics"]["edge"] == pytest.approx(100 * best)
+
+    for id in data.read_ids(broken, "val"):  # nobody is in them any more
+        anno = struct([(id, np.zeros((1, 0), object))], "xy")
+        scipy.io.savemat(broken / f"human_parts/{id}.mat", {"anno": anno})
+    told = table(finished, "--data", broken, "--baseline", "survey")
+    row = next(line.split() for line in told.splitlines() if "4/2/1/2" in line)
+    assert row[3] == "–" == row[7]  # a metric without truth, and so no Δm
     again = result_of(finished / "metrics.json")
-    assert again["delta_m"] == pytest.approx(0, abs=1e-9) and again["metrics"] == result["metrics"]
-    written = tree(finished)
-    table(finished, "--baseline", finished)
-    assert tree(finished) == written  # the same again needs no writing
+    assert again["metrics"]["human_parts"] is None is again["constant"]["human_parts"]
+    assert again["metrics"] | {"human_parts": 0} == result["metrics"] | {"human_parts": 0}
 
 
-def study_of(path, *rows, bases=None):
-    """A study made by hand: (name, seed, flags that differ, metrics, epochs) a row, and what each extends."""
-    settings = {"data": "demo", "weights": "w.pt", "mean_std": "imagenet", "extend": None, "seed": 0}
-    made = []
-    for (name, seed, change, metrics, epochs), base in zip(rows, bases or [None] * len(rows)):
-        config = small(tasks={task: TASKS[task].channels for task in metrics}, **change)
-        told = settings | {"seed": seed, "base": base, "model": asdict(config)}
-        result = {"metrics": metrics, "constant": {"sal": 5.0, "edge": len(metrics)}, "images": 7,
-                  "data": "/there/demo", "classes": {}, "file": "metrics.json", "default_baseline": "none"}
-        made.append(evaluate.Row(f"runs/{name}", told, result, epochs))
-    evaluate.write_study(path, made)
-
-
-def test_groups_of_seeds_and_their_differences_are_those_worked_out(tmp_path, table, fails):
-    def epochs(end):
-        return [{"epoch": n, "shared_mass": mass, "information": 0.25, "scale": 0.5,
-                 "conflict": {"LoRA": (0.3, -end)}} for n, mass in ((1, 0.4), (2, 0.2), (3, end))]
-
-    study = tmp_path / "study.jsonl"
-    study_of(study, *(("old-%d" % s, s, {}, {"sal": sal, "normals": 20.0}, epochs(0.1))
-                      for s, sal in enumerate((10, 12, 17))),
-             *(("new-%d" % s, s, {"rank": 3}, {"sal": sal, "normals": normals}, epochs(end)[::1 + s // 7])
-               for s, sal, normals, end in
-               ((2, 21.0, 20.5, 0.36), (0, 13.0, 19.5, 0.2), (7, 99.0, 1, 1.0), (1, 17.0, 20.0, 0.28))),
-             ("one", 0, {"rank": 5}, {"sal": 30.0, "normals": 20.0}, []))
-    told = table(study, "--baseline", "resnet18").splitlines()
-    row = {}
-    for line in told:
-        row.setdefault(line.split("  ")[0].strip(), [word for word in line.split()[2:] if word != "–"])
-    # sal: mean of 10, 12, 17 is 13, deviation √((9 + 1 + 16) / 2) = 3.61
-    assert row["old ×3"][:5] == ["7/3/2/4", "13.00", "±3.61", "20.00", "±0.00"]
-    # Δm of a run: 50 · ((sal − 63.2) / 63.2 − (normals − 15.4) / 15.4); that of the group is their mean
-    gains = [50 * ((sal - 63.2) / 63.2 - 4.6 / 15.4) for sal in (10, 12, 17)]
-    assert row["old ×3"][5:7] == [f"{sum(gains) / 3:+.2f}", f"±{np.std(gains, ddof=1) / math.sqrt(3):.2f}"]
-    # seeds 0, 1, 2 alone: 13 − 10 = 3, 17 − 12 = 5, 21 − 17 = 4, so 4 ± 1/√3; normals −0.5, 0, 0.5
-    pairs = next(line for line in told if "3 pairs" in line)
-    assert pairs.startswith("  less old ") and told[told.index(pairs) - 1].startswith("new ×4")
-    assert "+4.00 ±0.58*" in pairs and "+0.00 ±0.29 " in pairs
-    assert sum(line.startswith("  less ") for line in told) == 3  # "one" has no pair
-    at = next(n for n, line in enumerate(told) if "0.400" in line)
-    old, _, less = (line.split() for line in told[at:at + 3])
-    assert old == "old ×3 0.400 ±0.000 0.100 ±0.000 -0.300 ±0.000 0.250 ±0.000 0.500 ±0.000".split()
-    zero = ["+0.000", "±0.000"]  # of the mass at the end: 0.2 − 0.1, 0.28 − 0.1 and 0.36 − 0.1
-    gain = ["+0.180", "±0.046*"]
-    assert less == ["less", "old", "3", "pairs", *zero, *gain, *gain, *zero, *zero]
-    assert any(line.split() == "old ×3 0.300 ±0.000 -0.100 ±0.000".split() for line in told)
-    each = table(study, "--each")
-    assert "new-7" in each and "less" not in each and "baseline: none" in each
-    only = table(study, "--only", "new,old")
-    assert "  less new " in only and "\none " not in only and "'no'" in fails(
-        evaluate.main, study, "--only", "no")
-    table(study, "--baseline", "resnet18")
-    assert drawn(tmp_path / "study.png")
-    good = study.read_text().splitlines()[0]
-    for text in ('{"kind": "step"}\n', "", "[]", '{"run": "a", "settings": {}}',
-                 good.replace("default_baseline", "x"), good.replace("conflict", "x")):
-        (tmp_path / "x.jsonl").write_text(text)
-        assert "no study" in fails(evaluate.main, tmp_path / "x.jsonl")
-        assert "no study" in fails(evaluate.main, study, "--record", tmp_path / "x.jsonl")
-    for name in ("x.json", "nowhere/x.jsonl"):
-        assert "--record" in fails(evaluate.main, study, "--record", tmp_path / name)
-    assert "as they were judged" in fails(evaluate.main, study, "--tasks", "sal")
-
-
-def test_the_demos_baseline_is_the_mean_of_the_studys_single_task_models(tmp_path):
-    rows = [row for row in evaluate.read_study(ROOT / "assets/study.jsonl")
-            if row.config.experts == 0 and len(row.config.tasks) == 1]
-    for task, value in evaluate.BASELINES["demo"].items():
-        found = {row.settings["seed"]: row.result["metrics"][task] for row in rows
-                 if task in row.config.tasks}
-        assert len(found) >= 4 and value == pytest.approx(np.mean([*found.values()]), abs=0.006)
-    (tmp_path / "ImageSets/Context").mkdir(parents=True)
-    for images, name in ((5105, "resnet18"), (5104, "none")):
-        (tmp_path / "ImageSets/Context/val.txt").write_text("\n".join(map(str, range(images))))
-        (tmp_path / "ImageSets/Context/train.txt").write_text("0")
-        assert evaluate.default_baseline(tmp_path) == name
-    for made, name in ((data.DEMO | {"seed": 0}, "demo"), (data.DEMO | {"seed": 1}, "none"), ({}, "none")):
-        data.write_json(tmp_path / "demo.json", made)
-        assert evaluate.default_baseline(tmp_path) == name
-
-
-def test_rows_that_are_no_pairs_of_seeds_stay_apart(tmp_path, table):
-    """Runs of one name, of unlike bases, not finished; pairs are of the base's seed, too."""
-    study, seeds = tmp_path / "study.jsonl", range(2)
-    metrics, ended = {"sal": 50.0}, [{"epoch": 2, "conflict": {}, "shared_mass": None, "information": None,
-                                      "scale": None}]
-    rows = [("a", 0, {}, {"sal": 9.0}, ended), ("a", 0, {"rank": 3}, metrics, ended)]
-    rows += [(f"part-{s}", s, {"rank": 5}, metrics, ended[:1 - s]) for s in seeds]
-    rows += [(f"one-{s}", s, {"topk": 1}, metrics, ended) for s in (1, 10)]
-    study_of(study, *rows)
-    found = evaluate.groups_of(evaluate.read_study(study), False)
-    assert list(found) == ["a", "a (2)", "part-0", "part-1", "one"]
-    study_of(tmp_path / "new.jsonl", ("new", 0, {"topk": 2}, metrics, ended))
-    table(tmp_path / "new.jsonl", "--record", study)  # what it holds already stays
-    assert len(evaluate.read_study(study)) == 7 and "a (2)" in table(study)
-
-    bases = [{"seed": s, "mi": mi, "data": "demo", "weights": "w.pt"} for mi in (0.1, 0.2) for s in seeds]
-    rows = [(f"mi{base['mi']}-{n}", 0, {}, {"sal": 10.0 * n * n}, ended) for n, base in enumerate(bases)]
-    study_of(tmp_path / "extended.jsonl", *rows, bases=bases)
-    where = "/a/augreg/w.safetensors", "/b/augreg/w.safetensors", "/a/mae/w.safetensors"
-    found = [evaluate.identity({"data": "demo", "weights": weights}) for weights in where]
-    assert found[0] == found[1] != found[2]
-    told = table(tmp_path / "extended.jsonl")
-    (row, *_) = evaluate.read_study(tmp_path / "extended.jsonl")  # one base at two places: one run
-    moved = [row._replace(settings=row.settings | {"extend": place}) for place in ("/a/five", "/b/5")]
-    assert evaluate.key_of(moved[0]) == evaluate.key_of(moved[1])
-    assert [evaluate.seeds({"seed": 2, "base": base}) for base in (None, {"seed": 2}, {"seed": 3})] == [
-        (2,), (2,), (2, 3)]  # a run that extends one of its own seed is a pair of any run of that seed
-    five = dict.fromkeys(TASKS, 30.0)
-    study_of(tmp_path / "five.jsonl", *(("x-%d" % s, s, {"rank": 3}, five, []) for s in range(2)),
-             *(("y-%d" % s, s, {"rank": 5}, five | {"edge": 31.5}, []) for s in range(2)))
-    assert "2 pairs  +0.00 ±0.00" in table(tmp_path / "five.jsonl")  # no gap in the row
-    both = table(tmp_path / "five.jsonl", tmp_path / "extended.jsonl")  # judged on unlike images, it seems
-    assert re.search(r"\nconstant +– +– +5.00 +– +–\n", both)
-    # 40 − 0 and 90 − 10, pairs of the bases' seeds; two pairs are too few for a verdict
-    assert "mi0.1 ×2" in told and "+60.00 ±20.00 " in told
-
-
-def test_differences_are_of_what_can_be_compared(tmp_path, table):
-    """Of one protocol and the same tasks; runs without a number count neither as a pair nor in a row."""
-    def ended(mi, **conflict):
-        return [{"epoch": 1, "conflict": conflict, "shared_mass": 0.5, "information": mi, "scale": 1.0}]
-
-    rows = [(f"all-{s}", s, {}, {"sal": 10.0 * s, "edge": 7.0}, ended(0.5)) for s in range(4)]
-    rows += [(f"sal-{s}", s, {}, {"sal": 10.0 * s + 2 + s % 2}, ended(0.2)) for s in range(4)]
-    rows += [(f"few-{s}", s, {"rank": 3}, {"sal": 10.0 * s, "edge": 7.0},
-              ended(0.5, **({"LoRA": (0.5, 0.1 * s)} if s else {}))) for s in range(4)]
-    rows += [(f"more-{s}", s, {"rank": 5}, {"sal": 10.0 * s, "edge": 7.0},
-              ended(0.5, **({"LoRA": (0.5, 0.1 * s + (0.5, 0.7, 0.6, 0.3)[s])}))) for s in range(4)]
-    study_of(tmp_path / "study.jsonl", *rows)
-    text = (tmp_path / "study.jsonl").read_text()
-    quick = text.replace('"file": "metrics.json"', '"file": "metrics-quick.json"').replace("runs/", "runs/q")
-    (tmp_path / "quick.jsonl").write_text(quick)
-    told = table(tmp_path / "study.jsonl")
-    first, numbers = told.split("after the last epoch: gates")
-    assert re.search(r"4 pairs +– +– +\+2.50 ±0.29\* +– +– +–\n", first)  # no Δm: other tasks
-    numbers, cosines = numbers.split("after the last epoch: cosines")
-    assert re.search(r"sal ×4 .*\n(?!  less)", numbers) and numbers.count("  less all  4 pairs") == 2
-    assert re.search(r"\nfew ×3 +0.500 ±0.000 +0.200 ±0.100\n", cosines)
-    assert re.search(r"\n  less few +3 pairs +\+0.000 ±0.000 +\+0.533 ±0.120\*", cosines)  # 0.7, 0.6, 0.3
-    both = table(tmp_path / "study.jsonl", tmp_path / "quick.jsonl", "--only", "all,all (2),few (2)")
-    assert not re.search(r"[0-9] pairs", both) and "all ×4" in both and "all (2) ×4" in both
-
-
-def test_of_two_runs_with_the_same_flags_the_one_that_trained_longer_counts(tmp_path, table, monkeypatch):
-    def ended(last):
-        return [{"epoch": last, "conflict": {}, "shared_mass": None, "information": None, "scale": None}]
-
-    study = tmp_path / "study.jsonl"
-    study_of(study, ("first", 0, {}, {"sal": 50.0}, ended(3)))
-    (row,) = evaluate.read_study(study)
-    runs = {"short": (40.0, 2), "first": (50.0, 3), "other": (60.0, 4)}
-    monkeypatch.setattr(evaluate, "routers_of", lambda folder: ended(runs[folder.name][1]))
-    monkeypatch.setattr(evaluate, "evaluate_run", lambda run, *_: row.result | {
-        "metrics": {"sal": runs[run.folder.name][0]}})
-    for name in runs:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "checkpoint.pt").touch()
-        data.write_json(tmp_path / name / "config.json", row.settings)
-    for name, told, kept in (("short", "short is left out: first has its flags", "first"),
-                             ("first", "", "first"), ("other", "other takes the place of first", "other")):
-        found = table(tmp_path / name, "--record", study)
-        assert told in found and ("flags" in found) == bool(told)
-        (line,) = evaluate.read_study(study)
-        assert line.run == kept and line.result["metrics"] == {"sal": runs[kept][0]}
-
-
-def test_a_study_keeps_what_runs_were_judged(mini, tmp_path, table):
-    """The same table from the file as from the folders; the same run again replaces its line."""
-    for seed in (3, 4):
-        train.main(flags(mini, tmp_path / f"runs/some-{seed}", f"--epochs 1 --seed {seed} --tasks sal"))
-    runs = [tmp_path / f"runs/some-{seed}" for seed in (3, 4)]
-    study = tmp_path / "study.jsonl"
-    first = table(*runs, "--record", study, "--baseline", *runs)
-    again = table(study, *runs, "--record", study, "--baseline", "survey")
-    assert "some ×2" in first and "some ×2" in again and study.read_text().count("\n") == 2
-    assert str(tmp_path) not in study.read_text()
-    columns = [next(line for line in text.splitlines() if " ×2" in line).split()[2:7]
-               for text in (first, table(study, "--baseline", *runs))]
-    assert columns[0] == columns[1]
-    (row, _) = evaluate.read_study(study)
-    (record,) = logged(runs[0], "epoch")
-    assert row.epochs[0]["shared_mass"] == pytest.approx(np.mean(record["shared_mass"]), abs=1e-5)
-    update, ffn = np.array(record["scale"]).transpose(2, 0, 1)
-    assert row.epochs[0]["scale"] == pytest.approx((update / ffn).mean(), abs=1e-5) and (update > 0).all()
-
-
-def test_the_epochs_of_a_long_study_can_be_read_in_its_picture(table, monkeypatch, tmp_path):
-    """The early runs have 30 epochs and, on data without a baseline, no gains: one panel."""
-    ticks, plot = [], evaluate.plot
-    monkeypatch.setattr(evaluate, "plot", lambda *args, xticks, **more: (
-        ticks.append([*xticks]), plot(*args, xticks=xticks, **more))[1])
-    monkeypatch.chdir(tmp_path)
-    table(ROOT / "assets/early.jsonl")
-    assert ticks == [[30, 26, 22, 18, 14, 10, 6, 2]] and drawn(tmp_path / "early.png")
-
-
-def test_images_with_truth_in_every_task_are_drawn_first(finished, mini, table, monkeypatch):
-    seen = []
-    monkeypatch.setattr(evaluate, "draw_predictions", lambda path, samples: seen.extend(samples))
+def test_what_is_not_the_default_protocol_on_a_runs_own_data_is_printed_and_not_kept(
+        finished, broken, tmp_path, table, monkeypatch):
     table(finished)
-    people = [(truth["human_parts"] != IGNORE).any() for _, truth, _ in seen]
-    split = data.PascalContext(mini, "val", 32)
-    parts = [bool((split[i][1]["human_parts"] != IGNORE).any()) for i in range(7)]
-    assert people == sorted(people, reverse=True) and len(people) == 6
-    assert 0 < sum(people) == min(6, sum(parts)) < 6
+    whole, before = result_of(finished / "metrics.json"), tree(finished)
+    ids, passes, features = data.read_ids(broken, "val"), [], ase.ASE.features
+
+    def counted(model, images):
+        tokens, routing = features(model, images)
+        passes.append(len(tokens))
+        return tokens, routing
+
+    monkeypatch.setattr(ase.ASE, "features", counted)
+    told = table(finished, "--tasks", "edge,semseg")
+    row = next(line.split() for line in told.splitlines() if "4/2/1/2" in line)
+    assert passes == 7 * [2] and [row[i] for i in (3, 4, 6, 7)] == ["–", "–", "–", "–"]
+    for text, task in ((row[2], "semseg"), (row[5], "edge")):
+        assert float(text) == pytest.approx(whole["metrics"][task], abs=0.02)
+    (tmp_path / "ids.txt").write_text("\n".join(ids[:3] + ids[:1]))
+    (broken / "ImageSets/Context/val.txt").write_text("\n".join(ids[:4]))
+    for more, images in ((["--no-nms"], 7), (["--thresholds", 99], 7), (["--ids", tmp_path / "ids.txt"], 3),
+                         (["--data", broken], 4)):
+        passes.clear()
+        told = table(finished, *more, "--baseline", "survey")
+        assert passes == images * [5] and f"\n{images} images at native size" in told
+        assert ("not the run's own data" in told) == ("--data" in more)
+        assert ("none under this protocol" in told) == ("--data" not in more)
+    assert tree(finished) == before
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_the_table_is_printed_also_where_nothing_can_be_written(finished, tmp_path, capsys, several):
+    (finished / "metrics.json").mkdir()
+    runs = [finished, shutil.copytree(finished, tmp_path / "other")][:1 + several]
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([*map(str, runs), "--device", "cpu"])
+    told, error = capsys.readouterr()
+    assert stop.value.code == 2 and "4/2/1/2" in told and error.count("\n") == 1
+    assert "metrics.json" in error and "Is a directory" in error
 
 
 @pytest.fixture
@@ -2651,63 +2061,84 @@ def counting(monkeypatch):
     return judged
 
 
-def test_a_result_is_kept_for_the_code_that_computed_it(finished, tmp_path, table, monkeypatch, counting):
-    for module in (evaluate, ase, data):
-        table(finished)
-        before = len(counting)
-        assert "kept in metrics.json from" in table(finished) and len(counting) == before
-        edited = tmp_path / Path(module.__file__).name
-        edited.write_bytes(Path(module.__file__).read_bytes() + b"# edited\n")
-        monkeypatch.setattr(module, "__file__", str(edited))
-        assert "kept in metrics.json from" not in table(finished) and len(counting) == before + 1
-    os.utime(finished / "checkpoint.pt")
+def test_of_several_runs_what_is_missing_or_older_than_its_checkpoint_is_judged(
+        finished, tmp_path, table, counting):
+    """Unfinished runs are left out; under another protocol all are judged, a baseline's runs, too."""
+    runs = [finished, *(shutil.copytree(finished, tmp_path / name) for name in ("b", "c", "d"))]
+    settings_of(runs[2], epochs=3)
+    (runs[3] / "checkpoint.pt").unlink()
+
+    def judged(*argv):
+        counting.clear()
+        told = table(*runs, *argv)
+        for run, epochs in ((runs[2], "2 of its 3"), (runs[3], "0 of its 2")):
+            assert f"left out: {run} has trained for {epochs} epochs" in told
+        assert "18 of 21 classes" in told and f"{tmp_path.name}" in told
+        return len(counting), told
+
+    assert judged()[0] == 2 and judged()[0] == 0
+    os.utime(runs[1] / "checkpoint.pt", (2e9, 2e9))
+    assert judged()[0] == 1
+    os.utime(runs[1] / "metrics.json", (2e9, 2e9))
+    count, told = judged("--baseline", runs[0])
+    assert count == 0 and "+0.00 ±0.00" in told
+    count, told = judged("--baseline", runs[0], "--no-nms")
+    assert count == 3 and "+0.00 ±0.00" in told
+    before = [tree(run) for run in runs]
+    assert judged("--thresholds", 99, "--tasks", "sal")[0] == 2 and [tree(run) for run in runs] == before
+
+
+def test_runs_that_differ_in_the_seed_alone_are_one_row(finished, tmp_path, table):
+    """Mean ± standard deviation of each metric and of Δm; where files lie does not tell runs apart."""
+    def add(name, sal, **changes):
+        run = shutil.copytree(finished, tmp_path / name)
+        settings_of(run, **changes)
+        metrics = evaluate.BASELINES["resnet18"] | {"sal": sal, "normals": 20.0}
+        result = {"metrics": metrics, "constant": {"sal": 5.0}, "notes": [], "epoch": 2, "baseline": None}
+        (run / "metrics.json").write_text(json.dumps(result))
+        return run
+
+    runs = [add("old-1", 10.0, seed=1), add("old-2", 12.0, seed=2, data="/gone"),
+            add("old-3", 17.0, seed=3, weights="/gone"), add("new", 30.0, mi=1.0),
+            add("else-1", 40.0, dataset="another")]
+    told = table(*runs, "--baseline", "resnet18")
+    rows = [line for line in told.splitlines() if "4/2/1/2" in line]
+    assert [row.split()[0] for row in rows] == ["old", str(runs[3]), str(runs[4])]
+    # sal: the mean of 10, 12, 17 is 13, their deviation √((9 + 1 + 16) / 2) = 3.61
+    gains = [20 * ((sal - 63.2) / 63.2 - 4.6 / 15.4) for sal in (10, 12, 17)]
+    spread = math.sqrt(sum((gain - sum(gains) / 3) ** 2 for gain in gains) / 2)
+    gain = f"{sum(gains) / 3:+.2f} ±{spread:.2f}"
+    assert rows[0].startswith("old ×3") and " 13.00 ±3.61 " in rows[0] and f" 20.00 ±0.00  {gain} " in rows[0]
+    assert f"{20 * ((40 - 63.2) / 63.2 - 4.6 / 15.4):+.2f}" in rows[2].split()
+    # runs named as the baseline: theirs is the mean of what they have
+    assert f"{20 * (30 - 13) / 13:+.2f}" in table(*runs[3:], "--baseline", *runs[:3]).split()
+
+
+def test_the_demos_baseline_is_the_mean_of_the_studys_single_task_models(tmp_path):
+    rows = [json.loads(line) for line in (ROOT / "assets/study.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["settings"]["model"]["experts"] == 0]
+    for task, value in evaluate.BASELINES["demo"].items():
+        found = {row["settings"]["seed"]: row["result"]["metrics"][task] for row in rows
+                 if [*row["settings"]["model"]["tasks"]] == [task]}
+        assert len(found) >= 4 and value == pytest.approx(np.mean([*found.values()]), abs=0.006)
+    (tmp_path / "ImageSets/Context").mkdir(parents=True)
+    for images, name in ((5105, "resnet18"), (5104, None)):
+        (tmp_path / "ImageSets/Context/val.txt").write_text("\n".join(map(str, range(images))))
+        assert evaluate.default_baseline(tmp_path) == name
+    for made, name in ((data.DEMO | {"seed": 0}, "demo"), (data.DEMO | {"seed": 1}, None), ({}, None)):
+        data.write_json(tmp_path / "demo.json", made)
+        assert evaluate.default_baseline(tmp_path) == name
+
+
+def test_images_with_truth_in_every_task_are_drawn_first(finished, mini, table, monkeypatch):
+    seen = []
+    monkeypatch.setattr(evaluate, "draw_predictions", lambda path, samples: seen.extend(samples))
     table(finished)
-    settings_of(finished, mean_std="half")
-    table(finished)
-    assert len(counting) == 6
-
-
-def test_each_protocol_has_a_file_of_its_own(finished, broken, tmp_path, table, counting):
-    told = table(finished)
-    assert "semseg: the mean over the 18 of 21 classes that occur\n" in told and "human_parts:" not in told
-    before = result_of(finished / "metrics.json")
-    assert before["classes"] == {"semseg": [18, 21], "human_parts": [7, 7]}
-    ids = data.read_ids(broken, "val")
-    (tmp_path / "half.txt").write_text("\n".join(ids[:3] + ids[:1]))
-    (tmp_path / "rest").mkdir()
-    (tmp_path / "rest/half.txt").write_text("\n".join(ids[3:]))
-    variants = [["--quick"], ["--no-nms"], ["--thresholds", "99"],
-                ["--no-nms", "--thresholds", "99", "--quick"], ["--ids", tmp_path / "half.txt"],
-                ["--ids", tmp_path / "rest/half.txt"], ["--data", broken]]
-    files = []
-    for variant in variants:
-        told = table(finished, *variant)
-        files += {path.name for path in finished.glob("metrics*.json")} - {"metrics.json", *files}
-        assert f"kept in {files[-1]}, which is not the full default protocol" in told
-        assert f"kept in {files[-1]} from" in table(finished, *variant)
-    assert len(files) == len(variants) and counting == [7, 7, 7, 7, 7, 3, 4, 7]
-    assert files[:4] == ["metrics-quick.json", "metrics-no-nms.json", "metrics-thresholds-99.json",
-                         "metrics-quick-no-nms-thresholds-99.json"]
-    assert result_of(finished / "metrics.json") == before and "kept in metrics.json\n" in table(finished)
-
-
-def test_no_protocol_replaces_anothers_pictures_and_what_is_interrupted_is_drawn_again(
-        finished, table, monkeypatch):
-    table(finished, "--no-nms")
-    before = tree(finished)
-    assert finished / "edges-no-nms.png" in before and finished / "predictions-no-nms.png" in before
-
-    def interrupted(*args):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(evaluate, "draw_curves", interrupted)
-        table(finished)
-    assert stop.value.code == 130 and result_of(finished / "metrics.json")["metrics"]  # figures are safe
-    table(finished)
-    after = tree(finished)
-    assert drawn(finished / "curves.png") and finished / "metrics.json" in after
-    assert all(after[path] == before[path] for path in before if "no-nms" in path.name)
+    people = [(truth["human_parts"] != IGNORE).any() for _, truth, _ in seen]
+    split = data.PascalContext(mini, "val", 32)
+    parts = [bool((split[i][1]["human_parts"] != IGNORE).any()) for i in range(7)]
+    assert people == sorted(people, reverse=True) and len(people) == 6
+    assert 0 < sum(people) == min(6, sum(parts)) < 6
 
 
 def test_labels_that_differ_by_256_have_an_edge(broken):
@@ -2716,132 +2147,64 @@ def test_labels_that_differ_by_256_have_an_edge(broken):
     assert image.shape == (3, 36, 48) and truth["edge"][:35].sum(1).tolist() == [1] * 35
 
 
-def test_a_metric_without_truth_is_a_dash_and_null(finished, broken, table):
-    for id in data.read_ids(broken, "val"):  # nobody is in them
-        anno = struct([(id, np.zeros((1, 0), object))], "xy")
-        scipy.io.savemat(broken / f"human_parts/{id}.mat", {"anno": anno})
-    told = table(finished, "--data", broken, "--baseline", "survey")
-    row = next(line for line in told.splitlines() if line.startswith(str(finished)) and "4/2/1/2" in line)
-    assert row.split()[3] == "–" and row.split()[7] == "–"
-    assert "human_parts: no truth in these images, and so no Δm" in told
-    result, = (result_of(path) for path in finished.glob("metrics-data-*.json"))
-    assert result["metrics"]["human_parts"] is None is result["constant"]["human_parts"]
-    assert result["delta_m"] is None and result["baseline"] == "survey"
-
-
-def test_a_run_is_judged_from_anywhere_and_after_a_move(
-        mini, finished, tmp_path, table, fails, monkeypatch, counting):
-    settings_of(finished, data=mini.name)  # as older runs have it
-    monkeypatch.chdir(mini.parent)
-    table(finished)
-    monkeypatch.chdir(tmp_path)
-    moved = finished.rename(tmp_path / "moved")
-    error = fails(evaluate.main, "moved", "--device", "cpu")
-    assert f"moved was trained on {mini.name}, which is not there: name it, --data DIR" in error
-    assert "kept in metrics.json from" in table(moved, "--data", mini)
-    copy = shutil.copytree(mini, tmp_path / "copied")
-    settings_of(moved, data=str(tmp_path / "gone"))
-    table(moved, "--data", copy)  # where it was is nothing: it has moved
-    assert result_of(moved / "metrics.json")["data"] == str(copy) and len(counting) == 2
-
-
-def test_a_result_that_is_not_whole_is_computed_again(finished, table, counting):
-    table(finished)
-    path = finished / "metrics.json"
-    whole = path.read_bytes()
-    for content in (b"", whole[:len(whole) // 2], b"\xff\xfe" + whole, b"[]", b"null", b"{}"):
-        path.write_bytes(content)
-        table(finished)
-        assert path.read_bytes()[:100] == whole[:100] and len(result_of(path)) == len(json.loads(whole))
-    assert len(counting) == 7
-
-
-@pytest.mark.parametrize("record", [
-    {"kind": "epoch", "step": 9, "epoch": 3, "val": {}, "gates": 5}, {"kind": "step", "step": 9, "epoch": 3},
-    {"kind": "step", "step": 9, "epoch": 3, "losses": [], "lr": "fast"},
-    {"kind": "epoch", "step": 9, "epoch": 3}])
-def test_a_log_of_another_shape_costs_its_pictures_alone(finished, table, record):
-    with open(finished / "log.jsonl", "a") as file:
-        file.write(json.dumps(record) + "\n")
-    assert f"{finished}/log.jsonl is not as train.py writes it" in table(finished)
-    assert drawn(finished / "edges.png") and (finished / "metrics.json").exists()
-
-
-# Photos.
-
-
-@pytest.mark.parametrize("mode, name", [
-    ("RGB", "a.png"), ("RGBA", "a.png"), ("L", "a.png"), ("I;16", "a.tiff"), ("I", "a.tiff")])
-def test_a_photo_of_any_kind_is_drawn(finished, tmp_path, table, monkeypatch, mode, name):
-    """8 bits: taken with the camera on its side. I: 16 bits, which are scaled to 8."""
-    grey, draw, seen, exif = rng.integers(0, 65536, (31, 53)), evaluate.draw_predictions, [], Image.Exif()
-    if name == "a.tiff":
-        Image.fromarray(grey.astype({"I;16": np.uint16, "I": np.int32}[mode])).save(tmp_path / name)
-    else:
-        exif[274] = 6
-        Image.fromarray(np.uint8(grey // 257)).convert(mode).save(tmp_path / name, exif=exif)
-        grey = np.rot90(grey, -1)
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
+def test_a_photo_is_drawn_as_its_camera_was_held_and_transparency_as_white(
+        finished, tmp_path, table, monkeypatch, mode):
+    draw, seen, exif = evaluate.draw_predictions, [], Image.Exif()
+    grey = rng.integers(0, 256, (31, 53), np.uint8)
+    photo = Image.fromarray(grey).convert(mode)
+    if mode == "RGBA":
+        photo.putalpha(Image.fromarray(np.uint8(255 * (grey < 128))))
+        grey = np.where(grey < 128, grey, 255)
+    exif[274] = 6
+    photo.save(tmp_path / "a.png", exif=exif)
     monkeypatch.setattr(evaluate, "draw_predictions", lambda *argv: (seen.append(argv[1][0][0]), draw(*argv)))
-    table(finished, tmp_path / name)
-    assert (abs(seen[0] - grey[..., None] / 257) <= 1).all() and drawn(finished / "a.png")
+    table(finished, tmp_path / "a.png")
+    assert (seen[0] == np.rot90(grey, -1)[..., None]).all() and drawn(finished / "a.png")
 
 
 def test_no_photo_is_replaced_by_a_prediction_nor_a_prediction_by_another(finished, tmp_path, fails):
-    photos = [finished / "me.png", *(tmp_path / name for name in ("edges.png", "b.png", "a.png", "a.jpg"))]
-    for path in (finished / "edges.png", *photos):
+    photos = [finished / "me.png", *(tmp_path / name for name in ("curves.png", "a.png", "a.jpg"))]
+    for path in photos:
         Image.new("RGB", (32, 32)).save(path)
     before = tree(finished)
     for photo in photos[:2]:
         assert "rename" in fails(evaluate.main, finished, photo, "--device", "cpu")
-    error = fails(evaluate.main, finished, *photos[2:])
-    assert f"{tmp_path}/a.png and {tmp_path}/a.jpg would be drawn into one picture" in error
+    assert "photos of different names" in fails(evaluate.main, finished, *photos[2:])
     assert tree(finished) == before
-
-
 # Faults: what a person gets wrong is one line and exit code 2.
 
 
 @pytest.mark.parametrize("wrong, told", [
-    ("--topk 9", "topk must be 1 to 3"), ("--shared 4", "shared must be at most 3"), ("--rank 0", "rank"),
-    ("--topk 0", "topk"), ("--tasks semseg,depth", "depth"), ("--tasks sal,sal", "twice"),
-    ("--gating soft", "joint"), ("--backbone vit_huge", "vit_base"),
-    ("--lr nan", "a number from 1e-09"), ("--lr -1", "a number from 1e-09"),
-    ("--epochs 0", "number from 1 to"), ("--batch x", "whole number"), ("--batch 99", "13 training images"),
-    ("--seed 9999999999", "number from 0 to"), ("--mi -1", "number from 0 to"),
-    ("--size 44", "multiple of the patch"), ("--weights no.pt", "no weights file"),
-    ("--device tpu9", "device"), ("--what", "--what"), ("--data nowhere", "nowhere"),
-    ("--mean-std x", "imagenet")])
+    ("--topk 9", "topk is 9: expected 1 to 3"), ("--shared 4", "expected 0 to 3"), ("--rank 0", "rank is 0"),
+    ("--tasks semseg,depth", "'depth' is unknown"), ("--tasks sal,sal", "named twice"),
+    ("--gating soft", "joint"), ("--backbone vit_huge", "vit_base"), ("--mean-std x", "imagenet"),
+    ("--lr nan", "found 'nan', expected float, 1e-09 to"), ("--lr -1", "expected float, 1e-09 to"),
+    ("--epochs 0", "expected int, 1 to"), ("--batch x", "found 'x'"), ("--batch 99", "13 training images"),
+    ("--seed 9999999999", "expected int, 0 to"), ("--mi -1", "expected float, 0 to"),
+    ("--size 44", "multiple of the patch"), ("--weights no.pt", "no weights file no.pt"),
+    ("--device tpu9", "no device tpu9"), ("--what", "--what"), ("--data nowhere", "nowhere")])
 def test_bad_flags_of_train(mini, tmp_path, fails, wrong, told):
     assert told in fails(train.main, *flags(mini, tmp_path / "run", wrong))
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("split, content, told", [
-    ("val", None, "val.txt"), ("train", b"", "empty"), ("train", b"../x\n", "../x"),
-    ("train", b"/etc/x\n", "/etc/x"), ("train", b"a\na\n", "twice"), ("train", b"\xff\xfe", "cannot read"),
-    ("val", b"2008_000001", "in both")])
-def test_broken_lists_are_named_by_train(broken, tmp_path, fails, split, content, told):
-    path = broken / f"ImageSets/Context/{split}.txt"
-    path.unlink()
-    if content is not None:
-        path.write_bytes(content)
-    assert told in fails(train.main, *flags(broken, tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
-
-
-def test_folders_that_are_not_what_they_should_be(mini, broken, tmp_path, fails):
+def test_lists_and_folders_that_are_not_what_they_should_be(mini, broken, tmp_path, fails):
+    train_list, val_list = (broken / f"ImageSets/Context/{split}.txt" for split in ("train", "val"))
+    for content in (b"", b"../x\n", b"/etc/x\n", b"b\na\na\n", b"\xff\xfe"):
+        train_list.write_bytes(content)
+        assert f"cannot read {train_list}" in fails(train.main, *flags(broken, tmp_path / "run"))
+    shutil.copy(mini / "ImageSets/Context/train.txt", train_list)
+    val_list.unlink()
     (tmp_path / "file").write_text("x")
-    for root, out, told in ((mini.parent, "run", f"did you mean {mini}?"),
-                            (tmp_path / "file", "run", "is a file"),
+    for root, out, told in ((broken, "run", f"there is no {val_list}"), (mini.parent, "run", "there is no"),
                             (mini, "file", "File exists"), (mini, "file/run", "Not a directory")):
         assert told in fails(train.main, *flags(root, tmp_path / out))
     (broken / "demo.json").unlink()
-    assert "--weights none" in fails(train.main, "--data", broken, "--out", tmp_path / "run")
-    assert "no data folder" in fails(data.main, tmp_path / "nowhere")
+    assert "--weights none" in fails(train.main, "--data", broken, "--out", tmp_path / "run", "--batch", 2)
+    assert not (tmp_path / "run").exists()
+    assert "there is no" in fails(data.main, tmp_path / "nowhere")
     assert "exists" in fails(data.main, mini, "--make", 3, 3)
-    assert "--make" in fails(data.main, tmp_path / "new", "--make", 0, 3)
-    assert "add --make" in fails(data.main, mini, "--seed", 3)
-    assert not (tmp_path / "new").exists()
 
 
 def cut(path):
@@ -2856,56 +2219,38 @@ def labels(shape, value):
     return lambda path: scipy.io.savemat(path, {"LabelMap": np.full(shape, value)})
 
 
-@pytest.mark.parametrize("name, harm, fault", [
-    ("image", Path.unlink, "missing"), ("image", cut, "unreadable"), ("human_parts", Path.unlink, "missing"),
-    ("human_parts", cut, "unreadable"), ("human_parts", lambda path: path.write_text("anno"), "unreadable"),
-    ("human_parts", labels((36, 48), 1), "unreadable"), ("labelmap", Path.unlink, "missing"),
-    ("labelmap", lambda path: path.write_bytes(b""), "unreadable"), ("labelmap", labels((48, 36), 1), "size"),
-    *(("labelmap", labels((36, 48), value), "range") for value in (460, -1, -1.0, 1j, math.nan, 2.5)),
-    ("semseg", picture((48, 36), 21), "range"), ("semseg", picture((47, 36), 1), "size"),
-    ("semseg", picture((48, 36), (0, 0, 128), "RGB"), "range"), ("normals", cut, "unreadable"),
-    ("sal", Path.unlink, "missing")])
-def test_a_broken_file_is_named_by_the_check_and_by_train(broken, tmp_path, check, fails, name, harm, fault):
-    path = data.find(broken, name, "2008_000001")
+@pytest.mark.parametrize("name, harm", [
+    ("image", Path.unlink), ("image", cut), ("human_parts", Path.unlink), ("human_parts", cut),
+    ("human_parts", labels((36, 48), 1)), ("labelmap", Path.unlink), ("labelmap", labels((48, 36), 1)),
+    *(("labelmap", labels((36, 48), value)) for value in (460, -1, -1.0, math.nan, 2.5)),
+    ("semseg", picture((48, 36), 21)), ("semseg", picture((47, 36), 1)),
+    ("semseg", picture((48, 36), (0, 0, 128), "RGB")), ("normals", cut), ("sal", Path.unlink)])
+def test_a_broken_file_is_named_by_the_check_and_by_train(broken, tmp_path, check, fails, name, harm):
+    """What is missing before anything is made; what cannot be read when it is met, by a worker, too."""
+    path, missing = data.find(broken, name, "2008_000001"), harm is Path.unlink
     harm(path)
     code, report = check()
-    assert code == 1 and f"{name}, {fault}: 2008_000001" in report
+    assert code == 1 and ("  missing: " if missing else f"  cannot read {path} (") in report
     spoilt = {"image": set(TASKS), "labelmap": {"edge", "normals"}}.get(name, {name})
     rest = ",".join(task for task in TASKS if task not in spoilt)
-    assert (f"with --tasks {rest}:" if rest else "a training could not start") in report
-    error = fails(train.main, *flags(broken, tmp_path / "run"))
-    assert str(path) in error and not (tmp_path / "run/log.jsonl").exists()
+    assert (f"could start with --tasks {rest}\n" if rest else "no training could start") in report
+    error = fails(train.main, *flags(broken, tmp_path / "run", "--workers 1" if harm is cut else ""))
+    assert str(path.relative_to(broken)) in error and str(broken) in error
+    assert (tmp_path / "run").exists() != missing and not (tmp_path / "run/checkpoint.pt").exists()
 
 
 def test_a_copy_without_normals_and_saliency_serves_the_other_tasks(broken, tmp_path, check, table, fails):
-    """The check says which; they are cached, trained and judged without the files of the rest, and nothing
-    is written into the data set."""
+    """The check says which; they are trained and judged without the files of the rest, and nothing is
+    written into the data set."""
     shutil.rmtree(broken / "normals_distill")
     shutil.rmtree(broken / "sal_distill")
     before, (code, report) = tree(broken), check()
-    assert code == 1 and "could start with --tasks semseg,human_parts,edge:" in report
+    assert code == 1 and "could start with --tasks semseg,human_parts,edge\n" in report
     assert drawn(Path("contact_broken.png"))
-    assert "missing" in fails(train.main, *flags(broken, tmp_path / "all"))
     train.main(flags(broken, tmp_path / "run", "--tasks semseg,human_parts,edge --epochs 1"))
     table(tmp_path / "run")
     assert list(result_of(tmp_path / "run/metrics.json")["metrics"]) == ["semseg", "human_parts", "edge"]
     assert tree(broken) == before
-
-
-def test_a_run_folder_that_is_not_whole(finished, tmp_path, table, fails, counting):
-    """Beside others it is left out of the table, and named."""
-    early, empty = tmp_path / "early", tmp_path / "empty"
-    empty.mkdir()
-    shutil.copytree(finished, early)
-    cut(early / "checkpoint.pt")
-    assert "cannot read" in fails(evaluate.main, early)
-    (early / "checkpoint.pt").unlink()
-    assert "no checkpoint" in fails(evaluate.main, early)
-    assert f"left out, without a checkpoint yet: {early}, {empty}\n" in table(early, finished, empty)
-    cut(early / "config.json")
-    assert "broken" in fails(evaluate.main, early)
-    for folders in [empty], [tmp_path / "typo"], [tmp_path / "typo", finished]:
-        assert "no run folder" in fails(evaluate.main, *folders)
 
 
 def test_bad_input_of_evaluate(finished, tmp_path, fails, counting):
@@ -2913,37 +2258,41 @@ def test_bad_input_of_evaluate(finished, tmp_path, fails, counting):
         return fails(evaluate.main, finished, *argv, "--device", "cpu")
 
     (tmp_path / "photo.jpg").write_text("no photo")
-    Image.fromarray(np.ones((9, 9), np.float32)).save(tmp_path / "floats.tiff")
     (tmp_path / "ids.txt").write_text("2010_999999")
-    alone = "is no run folder; expected those, or one of resnet18, survey, demo, alone"
-    assert f"resnet99 {alone}" in told("--baseline", "resnet99")
-    assert f"--baseline resnet18 survey: resnet18 {alone}" in told("--baseline", "resnet18", "survey")
+    for name in ("resnet99", tmp_path):
+        assert f"{name} is no run folder" in told("--baseline", name)
+        assert f"{name} is no run folder" in told(name)
     assert not counting  # before hours of judging
-    assert "no device meta here" in fails(evaluate.main, finished, "--device", "meta")
-    assert "no data folder" in told("--data", tmp_path / "none")
     assert "expected a photo" in told(tmp_path / "photo.jpg")
-    assert "floats.tiff holds float32 numbers" in told(tmp_path / "floats.tiff")
     assert "2010_999999" in told("--ids", tmp_path / "ids.txt")
-    for content in ({}, {"model": {}, "epoch": 1}, [1], 5, {"model": 5, "optimizer": 1, "epoch": 1}):
-        torch.save(content, finished / "checkpoint.pt")
-        assert "checkpoint.pt" in told()
-    settings = settings_of(finished)
-    changes = [{"mean_std": "x"}, {"mean_std": []}, {"data": 5}, {"model": []}]
-    changes += [{"model": settings["model"] | {"tasks": tasks}} for tasks in ({"depth": 1}, {"sal": 3})]
-    other = [json.dumps(settings | change).encode() for change in changes]
-    for content in (b"[]", b"\xff\xfe", b"5", *other):
+    assert "'depth' is unknown" in told("--tasks", "depth")
+    assert f"there is no {tmp_path / 'ImageSets'}" in told("--data", tmp_path)
+    good = (finished / "config.json").read_bytes()
+    settings_of(finished, data="gone")
+    assert f"{finished} was trained on gone, which is not there: name it, --data DIR" in told()
+    for content in (good[:99], b"[]", b"\xff\xfe", b"{}"):
         (finished / "config.json").write_bytes(content)
-        assert "broken, or made by other code" in told()
+        assert "config.json" in told() and "broken, or made by other code" in told()
+    (finished / "config.json").write_bytes(good)
+    cut(finished / "checkpoint.pt")
+    assert f"cannot read {finished / 'checkpoint.pt'}" in told()
+    torch.save({"model": {}}, finished / "checkpoint.pt")
+    assert f"cannot read {finished / 'checkpoint.pt'}" in told()
+    (finished / "checkpoint.pt").unlink()
+    assert "no checkpoint" in told()
 
 
 @pytest.mark.parametrize("error, told", [
-    (BrokenProcessPool(), "a worker process was killed"),
-    (torch.OutOfMemoryError("CUDA out of memory"), "--micro-batch"), (MemoryError(), "--checkpointing"),
+    (BrokenProcessPool("killed"), "out of memory"), (MemoryError(), "--checkpointing"),
+    (torch.OutOfMemoryError("CUDA out of memory"), "--micro-batch"), (data.UserError("a\nb"), "a b"),
     (OSError(28, "No space left on device", "run/x"), "run/x: No space left"),
-    (data.UserError("a\nb"), "a b")])
+    (None, "out of memory")])
 def test_what_a_command_meets_ends_in_one_line(fails, error, told):
+    """A number that no memory has room for is torch's own error."""
     def job(args):
-        raise error
+        if error:
+            raise error
+        torch.empty(2 ** 48)
 
     assert told in fails(lambda argv: data.command(argparse.ArgumentParser(), job, argv))
 
@@ -2955,93 +2304,69 @@ def test_letters_that_an_encoding_lacks_are_replaced(monkeypatch):
     assert sys.stdout.buffer.getvalue() == b"?m ? 1 ?\n"
 
 
-def test_a_command_leaves_signals_as_they_were_and_tells_hours():
-    before, seen = signal.signal(signal.SIGINT, signal.default_int_handler), []
-    data.command(argparse.ArgumentParser(), lambda args: seen.append(signal.getsignal(signal.SIGINT)), [])
-    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler is not seen[0]
-    assert data.duration(90061.4) == "25:01:01" and data.duration(59) == "0:00:59"
+# Ctrl-C, kills, disks.
 
 
-# Ctrl-C, kills, locks, disks.
-
-
-@pytest.mark.parametrize("where, sent", [("object", signal.SIGINT), ("workers", signal.SIGINT),
-                                         ("workers", signal.SIGKILL)])
-def test_workers_end_and_ctrl_c_is_heard(where, sent):
-    """While 60 jobs of 0.3 s are queued, or within a destructor, which drops what is raised there. Until the
-    last worker has ended the output stays open."""
-    script = ("import argparse, sys, time, data\n"
-              "class Drops:\n"
-              "    def __del__(self):\n"
-              "        print('now', flush=True)\n"
-              "        time.sleep(1)\n"
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("where", ["pool", "loader"])
+def test_ctrl_c_is_one_line_and_workers_end_with_their_parent(mini, tmp_path, where, sent):
+    """While both workers have jobs of 0.1 s, or in a training. Ctrl-C goes to the workers, too; until the
+    last of them has ended the output stays open."""
+    script = ("import argparse, subprocess, data\n"
+              "data.cores = lambda: 2\n"
               "def job(args):\n"
-              "    if sys.argv[1] == 'object':\n"
-              "        Drops()\n"
-              "        time.sleep(60)\n"
-              "    for _ in data.parallel(time.sleep, 60 * [0.3], 'sleep'):\n"
-              "        print('now', flush=True)\n"
-              "if __name__ == '__main__':\n"
-              "    data.command(argparse.ArgumentParser(), job, [])\n")
-    process = subprocess.Popen([sys.executable, "-c", script, where], cwd=ROOT, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True,  # a job in the background ignores Ctrl-C
+              "    jobs, seen = 200 * ['sleep 0.1; echo $PPID'], set()\n"
+              "    for process in data.parallel(subprocess.getoutput, jobs, 200, 'wait'):\n"
+              "        seen.add(process)\n"
+              "        print(len(seen), 'at work', flush=True)\n"
+              "data.command(argparse.ArgumentParser(), job)\n")
+    training = ["train.py", *flags(mini, tmp_path / "run", "--epochs 9999 --workers 2")]
+    argv, mark = (["-c", script], "2 at work") if where == "pool" else (training, "epoch")
+    process = subprocess.Popen([sys.executable, *argv], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.PIPE, start_new_session=True,  # a group of its own
+                               # a job in the background ignores Ctrl-C
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
-    process.stdout.readline()
-    process.send_signal(sent)
+    while not process.stdout.readline().startswith(mark):
+        assert process.poll() is None
     began = time.monotonic()
+    os.killpg(process.pid, sent) if sent == signal.SIGINT else process.kill()
     _, error = process.communicate(timeout=30)
     assert time.monotonic() - began < 4
     if sent == signal.SIGINT:
-        assert process.returncode == 130 and error.strip().splitlines()[-1].startswith("interrupted")
+        told = "\ninterrupted; the same command goes on or starts again\n"
+        # torch may add a remark of its own where a loader's workers have just been started
+        assert process.returncode == 130 and (told in error if where == "loader" else told == error)
 
 
-def test_every_ctrl_c_is_heard(mini, trained, tmp_path, capsys):
-    """Twenty trainings of one run, each interrupted a little later, wherever it is then. (The training of
-    `trained` has imported what torch imports late: a module that is half imported fails in this process.)"""
-    for n in range(20):
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # after the first one no more are heard
-        sent = []
+def test_a_full_disk_or_ctrl_c_while_a_file_is_written_leaves_what_was_there(tmp_path):
+    """torch.save makes a RuntimeError of either; here a file may have 100 kB."""
+    class Interrupted(io.BytesIO):
+        def write(self, _):
+            raise KeyboardInterrupt
 
-        def interrupt():
-            sent.append(time.monotonic())
-            os.kill(os.getpid(), signal.SIGINT)
-
-        threading.Timer(0.05 + 0.02 * n, interrupt).start()
-        with pytest.raises(SystemExit) as stop:
-            train.main(flags(mini, tmp_path / "run", "--epochs 9999"))
-        assert stop.value.code == 130 and time.monotonic() - sent[0] < 2
-        assert capsys.readouterr().err == "\ninterrupted; the same command goes on or starts again\n"
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def test_two_trainings_do_not_write_into_one_folder(mini, tmp_path, fails):
-    with train.locked(tmp_path / "run"):
-        assert "another training is writing" in fails(train.main, *flags(mini, tmp_path / "run"))
-    assert not (tmp_path / "run/log.jsonl").exists()
-    train.main(flags(mini, tmp_path / "run", "--epochs 1"))
+    (tmp_path / "x.pt").write_text("whole")
+    state, limits = {"x": torch.zeros(10 ** 6)}, resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            data.write_atomically(tmp_path / "x.pt", lambda file: torch.save(state, file))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with pytest.raises(KeyboardInterrupt):
+        data.write_atomically(tmp_path / "x.pt", lambda file: torch.save(state, Interrupted()))
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["whole"]
+# ---------------------------------------------------------- worked changes, of README and assets/recipes.md
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
-    with pytest.raises(data.UserError, match="cannot write .*x.pt .*make room"):
-        data.write_atomically(tmp_path / "x.pt", lambda file: (file.write(b"half"), torch.zeros(2).view(3)))
-    assert not list(tmp_path.iterdir())
-    for name in (".x.pt.999999999.tmp", f".x.pt.{os.getppid()}.tmp", ".x.pt.tmp"):
-        (tmp_path / name).write_text("")
-    data.remove_leavings(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f".x.pt.{os.getppid()}.tmp", ".x.pt.tmp"]
-
-
-# ------------------------------------------------------------------------------ README's three worked changes
-
-
-def changed(tmp_path, number, code):
-    """Run `code` with the modules changed by README's diff of this number: each hunk's old lines occur once.
+def changed(tmp_path, page, number, code):
+    """Run `code` with the modules changed by a page's diff of this number: each hunk's old lines occur once.
 
     Returns the metrics of the run in "run", where the code judges one.
     """
-    for name in ("ase", "data", "evaluate", "train"):
-        shutil.copy(ROOT / f"{name}.py", tmp_path)
-    diff = (ROOT / "README.md").read_text(encoding="utf-8").split("```diff\n")[1 + number].split("```")[0]
+    (tmp_path / "assets").mkdir(exist_ok=True)
+    for name in ("ase.py", "data.py", "evaluate.py", "train.py", "assets/demo.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    diff = (ROOT / page).read_text(encoding="utf-8").split("```diff\n")[1 + number].split("```")[0]
     for part in diff.split("--- ")[1:]:
         name, _, hunks = part.partition("\n")
         text = (tmp_path / name).read_text(encoding="utf-8")
@@ -3051,8 +2376,7 @@ def changed(tmp_path, number, code):
             assert text.count(old) == 1, f"{name} has {text.count(old)} times:\n{old}"
             text = text.replace(old, new)
         (tmp_path / name).write_text(text, encoding="utf-8")
-    start = ("import torch, ase, data, evaluate, train\nfrom concurrent.futures import ThreadPoolExecutor\n"
-             "data.workers = lambda: ThreadPoolExecutor(2)\n")
+    start = "import torch, ase, data, evaluate, train\nfrom assets import demo\n"
     subprocess.run([sys.executable, "-c", start + code], check=True, cwd=tmp_path,
                    env=dict(os.environ, OMP_NUM_THREADS="1"), stdout=subprocess.DEVNULL)
     if "evaluate.main" in code:
@@ -3060,34 +2384,35 @@ def changed(tmp_path, number, code):
         return result_of(tmp_path / "run/metrics.json")["metrics"]
 
 
-def judged(root, more=""):
+def judging(root, more=""):
     """The code of a short run that is judged."""
     argv = flags(root, "run", "--epochs 1 " + more)
     return f"train.main({argv})\nevaluate.main(['run', '--device', 'cpu'])\n"
 
 
 def test_readmes_gate_opens_as_many_experts_as_hold_half_of_the_probability(mini, tmp_path):
-    changed(tmp_path, 0, f"train.main({flags(mini, 'run', '--epochs 1 --gating topp --tasks sal')})\n"
+    argv = flags(mini, "run", "--epochs 1 --gating topp --tasks sal")
+    changed(tmp_path, "README.md", 0, f"train.main({argv})\n"
             "logits = torch.tensor([[9.0, 5.0, 1.0, 2.0, 0.0], [9.0, 1.0, 1.0, 1.0, 1.0]])\n"
             "gates = ase.gate(logits, 1, 1, 'topp')\n"
             "assert (gates > 0).sum(-1).tolist() == [2, 3], gates\n"
             "torch.testing.assert_close(gates.sum(-1), torch.ones(2))\n")
 
 
-def test_readmes_sixth_task_is_learned_and_judged(tmp_path):
-    metrics = changed(tmp_path, 1, "data.make_demo('deep', 5, 3, 48)\n"
+def test_a_sixth_task_is_learned_and_judged(tmp_path):
+    metrics = changed(tmp_path, "assets/recipes.md", 0, "demo.make_demo('deep', 5, 3, 48)\n"
                       f"train.main({flags('deep', 'base', '--epochs 1 --tasks sal,edge')})\n"
-                      + judged("deep", "--extend base --tasks depth"))
+                      + judging("deep", "--extend base --tasks depth"))
     assert set(metrics) == {"sal", "edge", "depth"}
     shutil.rmtree(tmp_path / "run")
-    metrics = changed(tmp_path, 1, judged("deep"))
+    metrics = changed(tmp_path, "assets/recipes.md", 0, judging("deep"))
     assert set(metrics) == {*TASKS, "depth"} and 0 < metrics["depth"] < 20
-    depth = data.scene(0, 36, 48)["depth"]
+    depth = demo.scene(0, 36, 48)["depth"]
     written = np.asarray(Image.open(tmp_path / "deep/depth/2008_000001.png"))
     assert (depth < 25).any() and abs(written / 10 - depth)[depth < 25].max() <= 0.0501
 
 
-def test_readmes_other_data_set_with_three_tasks(mini, tmp_path):
+def test_another_data_set_with_three_tasks(mini, tmp_path):
     root = tmp_path / "nyud"
     for folder in ("gt_sets", "images", "normals", "segmentation"):
         (root / folder).mkdir(parents=True)
@@ -3099,13 +2424,14 @@ def test_readmes_other_data_set_with_three_tasks(mini, tmp_path):
             classes = np.array(Image.open(data.find(mini, "semseg", id)))
             classes = np.where(classes == IGNORE, 0, classes + 1).astype(np.uint8)
             Image.fromarray(classes).save(root / f"segmentation/{id}.png")
-    metrics = changed(tmp_path, 2, judged(root, "--backbone vit_tiny --tasks semseg,edge,normals"))
+    code = judging(root, "--backbone vit_tiny --tasks semseg,edge,normals")
+    metrics = changed(tmp_path, "assets/recipes.md", 1, code)
     assert set(metrics) == {"semseg", "edge", "normals"}
 
 
-def test_readmes_layer_of_another_transformer_learns_two_tasks_on_text(tmp_path, monkeypatch):
+def test_a_layer_of_another_transformer_learns_two_tasks_on_text(tmp_path, monkeypatch):
     """Of each letter in a text: is it the text's first one; how often did it occur before, up to 3 times?"""
-    code = (ROOT / "README.md").read_text(encoding="utf-8").split("```python\n")[2].split("```")[0]
+    code = (ROOT / "assets/recipes.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
     (tmp_path / "text_layer.py").write_text(code, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     from text_layer import Layer
@@ -3174,72 +2500,47 @@ def test_sparse_dispatch_computes_what_the_fused_experts_do(gating):
     torch.testing.assert_close(*results)
 
 
-def bench(rounds=7, image=224, width=768, depth=12, **shape):
-    """Time the expert layer and ViT-base with it for one image and five tasks, each beside its alternatives,
-    in turn. Prints a table: the first row's milliseconds, the others' time relative to it."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    machine = f"{platform.machine()} CPU with {torch.backends.cpu.get_cpu_capability()}"
-    if device.type == "cuda":
-        machine = torch.cuda.get_device_name()
-    print(f"ViT-base, one image, five tasks; {machine}, {torch.get_num_threads()} threads, torch "
-          f"{torch.__version__}\nfirst row: time; others: relative to it, medians of {rounds} rounds, ± half "
-          "the distance of the quartiles\n")
+def bench(rounds=7, image=224, dim=768, depth=12, **shape):
+    """Time the expert layer and a whole step, one image and five tasks, beside one always-on LoRA in their
+    place: milliseconds, and the time relative to it in the same round, ± half the quartiles' distance."""
+    device = data.pick_device()
+    config = ase.Config(image=image, dim=dim, depth=depth, experts=32, topk=6, shared=2, rank=2, **shape)
     images = torch.randn(1, 3, image, image, device=device)
-    x = torch.randn(5, 1, 1 + (image // 16) ** 2, width, device=device, requires_grad=True)
-
-    def backward(y):
-        sum(map(torch.sum, y.values() if isinstance(y, dict) else y[:1])).backward()
-
-    def jobs(layer, experts, topk, shared, rank):
-        """{column: function} of a model whose blocks have this layer; the whole model at N = 32 alone."""
-        config = ase.Config(image=image, dim=width, depth=depth if experts == 32 else 1, experts=experts,
-                            topk=topk, shared=shared, rank=rank, **shape)
+    x = torch.randn(5, 1, 1 + (image // 16) ** 2, dim, device=device, requires_grad=True)
+    jobs = {}  # (what, who): function
+    for name, layer in {"one LoRA of rank 64": OneLoRA, "fused": ase.LoRAExperts, "loop": Loop}.items():
         model = ase.ASE(config)
         for block in model.blocks:
-            block.experts = layer and experts_of(config, layer)
-        model.to(device)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
-        block = model.blocks[0]
-        found = {"block": lambda: backward(block(x))}
-        if layer:
-            found |= {"layer, forward": torch.no_grad()(lambda: block.experts(x)),
-                      "layer": lambda: backward(block.experts(x))}
-        if experts == 32:
-            found |= {"features": lambda: backward(model.features(images)),
-                      "step": lambda: (backward(model(images)[0]), optimizer.step(), optimizer.zero_grad())}
-        return found
+            block.experts = experts_of(config, layer)
+        trained = [p for p in model.to(device).parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, fused=True)
 
-    rows = {"one LoRA of rank 64": (OneLoRA, 32, 6, 2, 2), "no experts": (None, 32, 6, 2, 2)}
-    rows |= {"fused ({}/{}/{}/{})".format(*n): (ase.LoRAExperts, *n) for n in (
-        (16, 3, 1, 4), (32, 6, 2, 2), (64, 12, 4, 1), (256, 48, 16, 1))}
-    rows |= {"loop (32/6/2/2)": (Loop, 32, 6, 2, 2)}
-    built = {name: jobs(*row) for name, row in rows.items()}
-    columns = ("layer, forward", "layer", "block", "features", "step")
-    table = {name: [] for name in rows}
-    for column in columns:
-        times = {name: [] for name in rows if column in built[name]}
-        for n in range(rounds + 1):
-            for name in times:
-                start = time.perf_counter()
-                built[name][column]()
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                times[name] += [time.perf_counter() - start] if n else []  # the first round warms up
-        first = np.array(next(iter(times.values())))
-        for name in rows:
-            low, median, high = np.percentile(np.divide(times.get(name, np.nan), first), (25, 50, 75))
-            cell = f"{median:.2f} ±{(high - low) / 2:.2f}" if name in times else "–"
-            table[name].append(f"{1e3 * np.median(first):.1f} ms" if name == next(iter(times)) else cell)
-    print(f"{'(N/k/S/r), fwd+bwd':24}" + "".join(f"{column:>17}" for column in columns))
-    for name, cells in table.items():
-        print(f"{name:24}" + "".join(f"{cell:>17}" for cell in cells))
+        def step(model=model, optimizer=optimizer):
+            sum(map(torch.sum, model(images)[0].values())).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        jobs["layer", name] = lambda layer=model.blocks[0].experts: layer(x)[0].sum().backward()
+        jobs["step", name] = step
+    times = {job: [] for job in jobs}
+    for n in range(rounds + 1):
+        for job, function in jobs.items():
+            start = time.perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times[job] += [time.perf_counter() - start] if n else []  # the first round warms up
+    print(f"ViT-base, (32/6/2/2), {device}, {torch.get_num_threads()} threads, {rounds} rounds")
+    for what, name in sorted(jobs, key=lambda job: job[0]):
+        first, own = times[what, "one LoRA of rank 64"], times[what, name]
+        low, ratio, high = np.percentile(np.divide(own, first), (25, 50, 75))
+        print(f"{what:6}{name:20}{1e3 * np.median(own):9.1f} ms{ratio:8.2f} ±{(high - low) / 2:.2f}")
 
 
 def test_the_bench_times_every_row(capsys):
-    bench(rounds=1, image=16, width=12, depth=1, heads=2, head_dim=4)
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()[4:]]
-    assert len(rows) == 7 and rows[0].count("ms") == 5
-    assert [sum("±" in cell for cell in row) for row in rows] == [0, 3, 3, 5, 3, 3, 5]
+    bench(rounds=1, image=16, dim=12, depth=1, heads=2, head_dim=4)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [row[0] for row in rows] == 3 * ["layer"] + 3 * ["step"] and all("ms" in row for row in rows)
 
 
 if __name__ == "__main__":
