@@ -616,7 +616,8 @@ def judge(run, args, device):
     def keep():
         data.write_json(run.folder / "metrics.json", result)
         draw_run(run, model, dataset, device)
-        print(f"kept in {run.folder}: metrics.json,", *sorted(path.name for path in run.folder.glob("*.png")))
+        pictures = sorted(path.name for path in run.folder.glob("*.png"))
+        print(f"kept in {run.folder}: metrics.json, {', '.join(pictures)}")
 
     return result, keep if own and args.default else None
 

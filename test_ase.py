@@ -121,6 +121,8 @@ def test_the_defaults_are_the_papers():
 
 @pytest.mark.parametrize("topk, shared, gating", [
     (16, 0, "joint"), (3, 13, "fixed"), (0, 1, "joint"), (1, 15, "fixed"), (3, -1, "joint"), (3, 1, "soft")])
+
+
 def test_experts_that_do_not_go_together_are_one_line_wherever_they_are_asked_for(topk, shared, gating):
     flags = dict(topk=topk, shared=shared, gating=gating)
     for make in (lambda: small(experts=15, **flags), lambda: ase.gate(torch.zeros(3, 15), **flags),
@@ -137,6 +139,8 @@ def test_experts_that_do_not_go_together_are_one_line_wherever_they_are_asked_fo
     (dict(experts=2.5), "2.5"), (dict(topk=True), "True"), (dict(dim="768"), "'768'"),
     (dict(tasks={}), "task"), (dict(tasks={"edge": 0}), "edge"), (dict(tasks={"edge": 1.5}), "1.5"),
     (dict(tasks={"a.b": 1}), "a.b"), (dict(noise=-0.5), "-0.5"), (dict(noise=math.nan), "nan")])
+
+
 def test_a_bad_configuration_is_one_line_with_its_rule(change, told):
     with pytest.raises(ValueError, match=f"^[^\n]*{told}[^\n]*$"):
         ase.Config(**change)
@@ -621,6 +625,7 @@ def test_the_command_prints_every_row_of_table_1_and_refuses_a_flag_in_one_line(
         c = ase.TABLE1[name][1]
         assert c.experts == 0 or name.endswith(f"({c.experts}/{c.topk}/{c.shared}/{c.rank})")
         assert row.startswith(name) and row.split()[-3] == total
+
 
 # -------------------------------------------------------------------------------------------- the edge metric
 
@@ -1160,7 +1165,6 @@ def test_routing_shows_the_expert_with_the_largest_gate_of_each_patch(tmp_path, 
 
 # --------------------------------------------------------------------------------------------------- the data
 
-
 @pytest.fixture(scope="module")
 def mini(tmp_path_factory):
     """A small demo that every test reads and none writes: 13 and 7 images of at most 48 pixels."""
@@ -1249,9 +1253,6 @@ def result_of(path):
     text = path.read_text(encoding="ascii")
     assert "NaN" not in text
     return json.loads(text)
-
-
-# Data on disk, and batches.
 
 
 def struct(rows, fields):
@@ -1503,7 +1504,6 @@ def test_many_jobs_run_in_other_processes_few_in_this_one_and_all_in_order():
 
 
 # ----------------------------------------------------------------------------------------- losses and metrics
-
 
 def random_maps(task, shape=(3, 7, 5), seed=0):
     """A raw prediction and a target with ignored pixels."""
@@ -1781,6 +1781,8 @@ def test_a_first_training_makes_the_demo_and_starts_from_the_backbone_beside_it(
 
 @pytest.mark.parametrize("more", ["--lora 0", "--experts 0", "--experts 0 --lora 3 --tasks normals,sal",
                                   "--noise 0 --gating fixed"])
+
+
 def test_the_ways_to_train(mini, tmp_path, table, more):
     """From the flags to a table: what each trains differs from where it started, all else stays."""
     train.main(flags(mini, tmp_path / "run", "--epochs 1 " + more))
@@ -1810,9 +1812,6 @@ def test_a_gpu_learns_as_the_cpu_does(mini, tmp_path):
         evaluate.main([str(tmp_path / device), "--device", device])
     for cpu, gpu in zip(*(logged(tmp_path / device, "step") for device in ("cpu", "cuda")), strict=True):
         assert gpu["losses"] == pytest.approx(cpu["losses"], rel=0.05)
-
-
-# What a run folder holds, and how a run goes on.
 
 
 def test_the_log_holds_steps_and_epochs_and_what_the_routers_do_in_use(mini, trained):
@@ -1974,17 +1973,16 @@ def test_what_cannot_extend_a_run_is_one_line(mini, broken, tmp_path, fails):
     assert tree(base) == written and not out.exists()
     settings_of(base, epochs=2)
     assert "1 of its 2 epochs" in told("--tasks edge")
-# Judging a run.
 
 
 def test_a_run_is_judged_drawn_and_kept_and_judged_again_when_it_is_named(finished, broken, table):
     """A data set is known by its lists: a copy is the same one, also when labels in it are corrected."""
     told = table(finished)
     assert "4/2/1/2" in told and "constant" in told and "baseline: none for this data set" in told
-    assert told.index("constant") < told.index(f"kept in {finished}: metrics.json, predictions.png")
+    assert told.index("constant") < told.index(f"kept in {finished}: metrics.json, curves.png")
     result = result_of(finished / "metrics.json")
     assert list(result)[0] == "metrics" and set(result["metrics"]) == set(TASKS) and result["epoch"] == 2
-    assert all(drawn(finished / f"{name}.png") for name in ("predictions", "experts", "curves"))
+    assert all(drawn(finished / name) for name in evaluate.PICTURES)
     matched, predicted, truth = np.array(result["edge"]["counts"]).T
     precision, recall = matched / np.maximum(predicted, 1), matched / truth
     best = max(2 * p * r / (p + r) for p, r in zip(precision, recall) if p + r)
@@ -2172,7 +2170,6 @@ def test_no_photo_is_replaced_by_a_prediction_nor_a_prediction_by_another(finish
         assert "rename" in fails(evaluate.main, finished, photo, "--device", "cpu")
     assert "photos of different names" in fails(evaluate.main, finished, *photos[2:])
     assert tree(finished) == before
-# Faults: what a person gets wrong is one line and exit code 2.
 
 
 @pytest.mark.parametrize("wrong, told", [
@@ -2184,6 +2181,8 @@ def test_no_photo_is_replaced_by_a_prediction_nor_a_prediction_by_another(finish
     ("--seed 9999999999", "expected int, 0 to"), ("--mi -1", "expected float, 0 to"),
     ("--size 44", "multiple of the patch"), ("--weights no.pt", "no weights file no.pt"),
     ("--device tpu9", "no device tpu9"), ("--what", "--what"), ("--data nowhere", "nowhere")])
+
+
 def test_bad_flags_of_train(mini, tmp_path, fails, wrong, told):
     assert told in fails(train.main, *flags(mini, tmp_path / "run", wrong))
     assert not (tmp_path / "run").exists()
@@ -2225,6 +2224,8 @@ def labels(shape, value):
     *(("labelmap", labels((36, 48), value)) for value in (460, -1, -1.0, math.nan, 2.5)),
     ("semseg", picture((48, 36), 21)), ("semseg", picture((47, 36), 1)),
     ("semseg", picture((48, 36), (0, 0, 128), "RGB")), ("normals", cut), ("sal", Path.unlink)])
+
+
 def test_a_broken_file_is_named_by_the_check_and_by_train(broken, tmp_path, check, fails, name, harm):
     """What is missing before anything is made; what cannot be read when it is met, by a worker, too."""
     path, missing = data.find(broken, name, "2008_000001"), harm is Path.unlink
@@ -2287,6 +2288,8 @@ def test_bad_input_of_evaluate(finished, tmp_path, fails, counting):
     (torch.OutOfMemoryError("CUDA out of memory"), "--micro-batch"), (data.UserError("a\nb"), "a b"),
     (OSError(28, "No space left on device", "run/x"), "run/x: No space left"),
     (None, "out of memory")])
+
+
 def test_what_a_command_meets_ends_in_one_line(fails, error, told):
     """A number that no memory has room for is torch's own error."""
     def job(args):
@@ -2302,9 +2305,6 @@ def test_letters_that_an_encoding_lacks_are_replaced(monkeypatch):
     data.command(argparse.ArgumentParser(), lambda args: print("Δm ↑ 1 °"), [])
     sys.stdout.flush()
     assert sys.stdout.buffer.getvalue() == b"?m ? 1 ?\n"
-
-
-# Ctrl-C, kills, disks.
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
@@ -2355,8 +2355,9 @@ def test_a_full_disk_or_ctrl_c_while_a_file_is_written_leaves_what_was_there(tmp
     with pytest.raises(KeyboardInterrupt):
         data.write_atomically(tmp_path / "x.pt", lambda file: torch.save(state, Interrupted()))
     assert [path.read_text() for path in tmp_path.iterdir()] == ["whole"]
-# ---------------------------------------------------------- worked changes, of README and assets/recipes.md
 
+
+# ---------------------------------------------------------- worked changes, of README and assets/recipes.md
 
 def changed(tmp_path, page, number, code):
     """Run `code` with the modules changed by a page's diff of this number: each hunk's old lines occur once.
@@ -2463,7 +2464,6 @@ def test_a_layer_of_another_transformer_learns_two_tasks_on_text(tmp_path, monke
 
 
 # ---------------------------------------------------------------------------------------- python test_ase.py
-
 
 class OneLoRA(nn.Module):
     """The yardstick: one LoRA beside the FFN, as wide as all experts together, always on, no router."""
