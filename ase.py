@@ -165,6 +165,7 @@ BACKBONES = {
     "vit_tiny": dict(image=96, patch=8, dim=128, depth=4, heads=4, head_dim=32),  # for two cores
     "vit_small": dict(image=224, patch=16, dim=384, depth=12, heads=6, head_dim=256),
     "vit_base": dict(image=224, patch=16, dim=768, depth=12, heads=12, head_dim=256),
+    "vit_large": dict(image=224, patch=16, dim=1024, depth=24, heads=16, head_dim=256),
 }
 
 
@@ -177,7 +178,7 @@ class Config:
     """
 
     image: int = 224        # side of the square input, pixels
-    patch: int = 16         # side of a patch, pixels: a power of two
+    patch: int = 16         # side of a patch, pixels
     dim: int = 768          # D
     depth: int = 12         # blocks
     heads: int = 12         # attention heads
@@ -191,11 +192,12 @@ class Config:
     gating: str = "joint"   # "joint": Eq. 8–9 (ASE) · "fixed": Eq. 1–3, for the shared experts Eq. 5
     lora: int | None = None  # rank of the LoRA on the backbone's linear layers; None: 4, or 0 without experts
     head_dim: int = 256     # channels inside a head
+    registers: int = 0      # tokens beside the class token that have no position (DINOv2)
 
     def __post_init__(self):
         if self.lora is None:
             object.__setattr__(self, "lora", 4 if self.experts else 0)
-        least = dict(image=1, patch=2, dim=1, depth=1, heads=1, head_dim=1, experts=0, lora=0)
+        least = dict(image=1, patch=2, dim=1, depth=1, heads=1, head_dim=1, experts=0, lora=0, registers=0)
         least |= dict(topk=1, shared=0, rank=1) if self.experts else {}
         for name, low in least.items():
             value = getattr(self, name)
@@ -206,7 +208,6 @@ class Config:
         for task, channels in self.tasks.items():
             require(str(task).isidentifier() and type(channels) is int and channels >= 1,
                     f"task {task!r} has {channels!r} channels: expected a plain name → 1 or more")
-        require(self.patch & (self.patch - 1) == 0, f"patch is {self.patch}: expected a power of two")
         require(self.image % self.patch == 0,
                 f"the image's side of {self.image} is no multiple of the patch, {self.patch}")
         require(self.dim % self.heads == 0, f"width {self.dim} does not divide into {self.heads} heads")
@@ -298,7 +299,8 @@ class Head(nn.Module):
         super().__init__()
         self.side = config.image // config.patch
         self.norm = nn.LayerNorm(config.dim, eps=1e-6)
-        width, stages = config.head_dim, int(math.log2(config.patch))
+        self.extra = 1 + config.registers  # tokens in front of the patches
+        width, stages = config.head_dim, round(math.log2(config.patch))
         groups = math.gcd(width, min(32, max(1, width // 8)))  # 32, fewer in a narrow head
         layers = []
         for stage in range(stages):
@@ -306,12 +308,12 @@ class Head(nn.Module):
             layers += [nn.GroupNorm(groups, width), nn.ReLU(inplace=True)]
             if stage < stages - 1:
                 layers += [nn.Upsample(scale_factor=2, mode="bilinear")]
-        layers += [nn.Conv2d(width, channels, 1), nn.Upsample(scale_factor=2, mode="bilinear")]
+        layers += [nn.Conv2d(width, channels, 1), nn.Upsample(config.image, mode="bilinear")]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, tokens):
-        """tokens (B, L, D), class token first → (B, C, H, W)."""
-        patches = self.norm(tokens[:, 1:])                                               # (B, P, D)
+        """tokens (B, L, D), class token and registers first → (B, C, H, W)."""
+        patches = self.norm(tokens[:, self.extra:])                                      # (B, P, D)
         return self.layers(patches.mT.unflatten(-1, (self.side, self.side)))             # (B, C, H, W)
 
 
@@ -326,6 +328,8 @@ class ASE(nn.Module):
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, config.dim, config.patch, config.patch)})
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, config.dim))
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + patches, config.dim))
+        if config.registers:
+            self.registers = nn.Parameter(0.02 * torch.randn(1, config.registers, config.dim))
         if config.experts:
             self.task_embedding = nn.ParameterDict((task, torch.zeros(config.dim)) for task in config.tasks)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
@@ -335,12 +339,14 @@ class ASE(nn.Module):
             parameter.requires_grad = part(name) != "backbone" or config.lora == 0
 
     def features(self, images):
-        """images (B, 3, H, W) → tokens (T, B, L, D) after the final norm, class token first, and `Routing`.
+        """images (B, 3, H, W) → tokens (T, B, L, D), class token and registers first, normed, and `Routing`.
 
         Without experts all tasks share one pass: tokens (1, B, L, D).
         """
         x = self.patch_embed.proj(images).flatten(2).mT                                  # (B, P, D)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed    # (B, L, D)
+        if self.config.registers:
+            x = torch.cat([x[:, :1], self.registers.expand(len(x), -1, -1), x[:, 1:]], 1)  # (B, L, D)
         x = x[None]                                                                      # (1, B, L, D)
         if self.config.experts:
             x = x + torch.stack([*self.task_embedding.values()])[:, None, None]          # (T, B, L, D)
@@ -362,7 +368,7 @@ class ASE(nn.Module):
 
 PARTS = {  # part → the whole names of its parameters, as a pattern
     # what a ViT of timm has, and nothing else: all that is new is trained
-    "backbone": r"cls_token|pos_embed|patch_embed\.proj\.(weight|bias)|norm\.(weight|bias)"
+    "backbone": r"cls_token|registers|pos_embed|patch_embed\.proj\.(weight|bias)|norm\.(weight|bias)"
                 r"|blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\.(weight|bias)",
     "LoRA": r"blocks\..*\.lora_(down|up)", "experts": r"blocks\.\d+\.experts\.(?!router).*",
     "routers": r"blocks\.\d+\.experts\.router.*", "embeddings": r"task_embedding\..*", "heads": r"heads\..*",
@@ -393,10 +399,13 @@ TRANSFORMERS = {
     r"attention\.(attention\.query|q_proj)": "attn.q", r"attention\.(attention\.key|k_proj)": "attn.k",
     r"attention\.(attention\.value|v_proj)": "attn.v", r"attention\.(output\.dense|o_proj)": "attn.proj",
     r"intermediate\.dense": "mlp.fc1", r"output\.dense": "mlp.fc2", r"^layernorm\.": "norm.",
-    "layernorm_before": "norm1", "layernorm_after": "norm2"}
+    "layernorm_before": "norm1", "layernorm_after": "norm2", r"layer_scale(\d)\.lambda1": r"ls\1.gamma",
+    r"gamma_(\d)": r"ls\1.gamma", "^(reg_token|register_tokens)$": "registers"}
 
+UNSUPPORTED = {"norm_pre|pre_layrnorm|ln_pre": "CLIP's first norm", "dist_token": "DeiT's distillation",
+               r"mlp\.(w12|weights_in)": "SwiGLU"}
 # names of weights that act on the features, so that none may be left out (mask_token: in pretraining alone)
-ACTIVE = r"blocks\..*|norm.*|(?!mask)\w*token\w*"
+ACTIVE = r"blocks\..*|norm.*|(?!mask)\w*token\w*|registers"
 
 
 def load(path):
@@ -406,8 +415,11 @@ def load(path):
     """
     try:
         with open(path, "rb") as file:
-            if file.read(9)[8:] == b"{":
-                return read_safetensors(Path(path))
+            start = file.read(99).lstrip()
+        require(b"//git-lfs" not in start, "it is a Git LFS pointer: `git lfs pull` gets the file")
+        require(not start.startswith(b"<"), "it is a web page")
+        if start[8:9] == b"{":
+            return read_safetensors(Path(path))
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
@@ -421,7 +433,7 @@ def load(path):
 
 def read_safetensors(path):
     """{name: tensor} of a .safetensors file: 8 bytes of header length, JSON, little-endian numbers."""
-    types = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     data = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)  # mapped, not read
     length = int(data[:8].view(torch.int64))
     tensors = {}
@@ -432,6 +444,14 @@ def read_safetensors(path):
     return tensors
 
 
+def tensors_of(x, prefix=""):
+    """(name, tensor) of all that lies in a dict, or in dicts inside it."""
+    for key, value in x.items() if isinstance(x, dict) else ():
+        if torch.is_tensor(value) and value.is_floating_point():
+            yield f"{prefix}{key}", value
+        yield from tensors_of(value, f"{prefix}{key}.")
+
+
 def timm_names(state):
     """A ViT's state dict under timm's names. Transformers keeps q, k and v apart; timm stacks them as qkv."""
     for theirs, timm in TRANSFORMERS.items():
@@ -440,30 +460,52 @@ def timm_names(state):
         parts = [state.pop(name.replace(".q.", f".{letter}."), None) for letter in "qkv"]
         if all(x is not None for x in parts):
             state[name.replace(".q.", ".qkv.")] = torch.cat(parts)
+    # LayerScale multiplies a linear layer's output: folded into its weights (a LoRA beside is not scaled)
+    for scale, layer in (("ls1.gamma", "attn.proj"), ("ls2.gamma", "mlp.fc2")):
+        for name in [name for name in state if name.endswith(scale)]:
+            scaled = [name.replace(scale, f"{layer}.{kind}") for kind in ("weight", "bias")]
+            if all(x in state and state[x].shape[:1] == state[name].shape for x in scaled):
+                gamma = state.pop(name)
+                state |= {x: state[x] * gamma.view(-1, *[1] * (state[x].dim() - 1)) for x in scaled}
     return state
 
 
 def read_backbone(path):
-    """A pretrained ViT, {timm's name: tensor}, and the names of what lies beside it in the file.
+    """A pretrained ViT, {timm's name: tensor}, the prefix of its names in the file, and what else is there.
 
-    The file: a state dict from torch.save or a .safetensors file, bare or under "model", "state_dict" or
-    "teacher"; names of timm (DeiT, MAE, MoCo v3 and DINO have them, too) or of transformers, after any
-    prefix. Raises ValueError, in one line, for whatever is no plain ViT.
+    The file: from torch.save or .safetensors; names of timm, of the originals (DeiT, MAE, MoCo v3, DINO,
+    DINOv2) or of transformers, under any keys. Raises ValueError, in one line, for what is no plain ViT.
     """
     accepted = "expected a ViT's state dict, timm's or transformers' names, .safetensors or from torch.save"
     require(Path(path).is_file(), f"no weights file {path}: {accepted}")
-    state = load(path)
-    for wrapper in 3 * ("model", "state_dict", "teacher"):  # one may be inside another
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    tensors = state.items() if isinstance(state, dict) else ()
-    state = {str(name): x for name, x in tensors if torch.is_tensor(x) and x.is_floating_point()}
+    state = dict(tensors_of(load(path)))
+    for pattern, why in UNSUPPORTED.items():
+        found = [name for name in state if re.search(pattern, name)]
+        require(not found, f"{path} is no plain ViT: {why} is not supported ({', '.join(found[:1])})")
     tokens = (re.fullmatch(r"(|.*?\.)(embeddings\.)?cls_token", name) for name in state)
     # of several ViTs the teacher, which is the one that DINO evaluates, else the first
     prefix = min((match[1] for match in tokens if match), key=lambda p: "teacher" not in p, default=None)
     require(prefix is not None, f"{path} holds no ViT (its first names: {[*state][:3]}): {accepted}")
-    vit = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
-    return timm_names(vit), [name for name in state if not name.startswith(prefix)]
+    vit = timm_names({name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)})
+    for name, dims in {"patch_embed.proj.weight": 4, "pos_embed": 3}.items():
+        require(name in vit and vit[name].dim() == dims, f"{path} has no {name}" + (
+            ": rotary positions are not supported" if name == "pos_embed" else " of a plain ViT"))
+    if math.isqrt(vit["pos_embed"].shape[1]) ** 2 == vit["pos_embed"].shape[1]:  # none for the class token
+        vit["pos_embed"] = F.pad(vit["pos_embed"], (0, 0, 1, 0))
+    return vit, prefix, [name for name in state if not name.startswith(prefix)]
+
+
+def shape_of(path):
+    """The fields of `Config` that a file of pretrained weights decides. Attention heads show in no shape:
+    their number is that of published ViTs of this width."""
+    vit, prefix, _ = read_backbone(path)
+    dim, patch = vit["cls_token"].shape[-1], vit["patch_embed.proj.weight"].shape[-1]
+    depth = len({name.split(".")[1] for name in vit if name.startswith("blocks.")})
+    side = patch * math.isqrt(vit["pos_embed"].shape[1] - 1)
+    heads = {128: 4, 1280: 16, 1408: 16}.get(dim, dim // 64)
+    heads = 12 if "base_encoder" in prefix and dim == 384 else heads  # MoCo v3's small one
+    return dict(image=min(224, side), patch=patch, dim=dim, depth=depth, heads=heads,
+                registers=len(vit.get("registers", [[]])[0]), head_dim=32 if dim == 128 else 256)
 
 
 def load_backbone(model, path):
@@ -472,7 +514,7 @@ def load_backbone(model, path):
     path: as in `read_backbone`. Position embeddings of another grid are resized. Raises ValueError, in one
     line, where a weight is missing or does not fit; nothing is copied then.
     """
-    state, beside = read_backbone(path)
+    state, _, beside = read_backbone(path)
     own = {name: p for name, p in model.state_dict().items() if part(name) == "backbone"}
     for name, p in own.items():
         require(name in state, f"{path} lacks {name}: not a whole ViT, take another file")
@@ -484,7 +526,7 @@ def load_backbone(model, path):
     lost = next((name for name in left if re.fullmatch(ACTIVE, name)), None)
     require(not lost, f"{path} holds {lost}, for which the model has no place: is it another backbone's?")
     left += beside
-    told = f"{len(own)} tensors loaded from {path}"
+    told = f"{len(own)} tensors loaded from {path}, {model.config.heads} attention heads assumed"
     if state["pos_embed"].shape != own["pos_embed"].shape:
         positions = state["pos_embed"].shape[1]
         old, new = (math.isqrt(p.shape[1] - 1) for p in (state["pos_embed"], own["pos_embed"]))
@@ -496,9 +538,7 @@ def load_backbone(model, path):
         told += f", position embeddings resized from {old}×{old} to {new}×{new}"
     for name, p in own.items():
         p.copy_(state[name])
-    if left:
-        told += f", {len(left)} left out as no part of the backbone ({', '.join(left[:3])})"
-    return told
+    return told + (f", {len(left)} left out as no part of it ({', '.join(left[:3])})" if left else "")
 
 
 # ---------------------------------------------------------------------------------------------- python ase.py

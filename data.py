@@ -270,7 +270,9 @@ def targets(planes, tasks=TASKS, inside=None, edges=lambda labels: thin(boundari
             known = torch.zeros(CONTEXT_CLASSES + 1, dtype=torch.bool)
             known[list(VALID_NORMALS)] = True  # a table takes a quarter of the time of torch.isin
             valid = inside & known.to(labels.device, non_blocking=True)[labels.int()]
-            truth[task] = unit(pick(planes, "normals", maps) / 127.5 - 1) * valid[:, None]
+            normals = pick(planes, "normals", maps) / 127.5 - 1
+            valid &= normals.square().sum(1) > 0.25  # true ones have length 1; grey, 127 or 128, is no truth
+            truth[task] = unit(normals) * valid[:, None]
             continue
         if task == "edge":
             classes = edges(labels).long()
@@ -300,13 +302,19 @@ def normalise(images, mean_std):
     return (images / 255 - mean) / std
 
 
+def read_list(path):
+    """The words of a text file, with or without a byte-order mark and Windows' line ends."""
+    content = Path(path).read_bytes()
+    return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig").split()
+
+
 def read_ids(root, split):
     """The ids of a split, in the order of its list. Raises UserError for a list that cannot be trusted."""
     path = Path(root) / LISTS.format(split)
     if not path.is_file():
         raise UserError(f"there is no {path}: expected a folder in PASCAL-Context's layout, or the word demo")
     with reading(path, "expected one image id a line, each once"):
-        ids = path.read_text(encoding="utf-8").split()
+        ids = read_list(path)
         strange = [id for id, times in collections.Counter(ids).items()
                    if times > 1 or not re.fullmatch(r"\w[\w.-]*", id)]
         if strange or not ids:
@@ -426,8 +434,8 @@ def warp(canvas, sizes, side, mean_std, tasks=TASKS, target_to_source=None):
 
 
 def _examine(job):
-    """One image: {map: what is wrong with it, "" where it is missing}, whether people have parts in it, the
-    sum of channel 1 over its floor's normals, and how many these are."""
+    """One image: {map: what is wrong with it, "" where it is missing}, whether people have parts in it, and
+    anything is salient, the sum of channel 1 over its floor's normals, and how many these are."""
     root, id = job
     faults, planes, floor = {}, {}, np.zeros(0)
     for name in MAPS:
@@ -441,7 +449,8 @@ def _examine(job):
     if {"labelmap", "normals"} <= planes.keys():
         low, high = planes["labelmap"].astype(int)
         floor = planes["normals"][1][low + 256 * high == 158] / 127.5 - 1  # 158: floor
-    return faults, planes.get("human_parts", np.zeros(1)).any(), floor.sum(), floor.size
+    shown = [planes[name].any() if name in planes else False for name in ("human_parts", "sal")]
+    return faults, *shown, floor.sum(), floor.size
 
 
 def check(root):
@@ -451,15 +460,17 @@ def check(root):
     for split in ("train", "val"):
         ids = read_ids(root, split)
         jobs = [(root, id) for id in ids]
-        faults, people, floor, pixels = zip(*parallel(_examine, jobs, len(jobs), f"check {split}"))
+        faults, people, salient, floor, pixels = zip(*parallel(_examine, jobs, len(jobs), f"check {split}"))
         for name in MAPS:
             missing = [id for id, found in zip(ids, faults) if found.get(name) == ""]
             unreadable = [found[name] for found in faults if found.get(name)]
             print(f"{split:6}{name:12}{len(ids):12}{len(ids) - len(missing):12}{len(unreadable):12}")
             if missing or unreadable:
                 faulty.add(name)
-                print("  " + (unreadable or [f"missing: {' or '.join(MAPS[name].files)} of {missing[0]}"])[0])
-        print(f"  {np.mean(people):.0%} of the images have human parts")
+                places = " or ".join(MAPS[name].files).replace("{}", (missing or [""])[0])
+                print("  " + (unreadable or [f"missing: {places}"])[0])
+        print(f"  {np.mean(people):.0%} of the images have human parts, {np.mean(salient):.0%} saliency"
+              + ("" if any(salient) else ": NOTHING IS SALIENT, expected values above half of full scale"))
         if sum(pixels):
             mean = sum(floor) / sum(pixels)
             sign = "as expected" if mean < 0 else "UPSIDE DOWN: floors should look up; negate it in `targets`"
@@ -620,9 +631,9 @@ def command(parser, job, argv=None):
     except OSError as error:  # a full disk, a folder that cannot be written
         parser.error(f"{error.filename or 'cannot write'}: {error.strerror or error}")
     except (MemoryError, RuntimeError) as error:  # Python's, a GPU's, a killed worker's, a CPU's
-        if not re.search("MemoryError|BrokenProcessPool|allocate memory", repr(error)):
+        if not re.search("MemoryError|BrokenProcessPool|DataLoader worker|allocate memory", repr(error)):
             raise
-        parser.error(f"out of memory ({error}): lower --micro-batch or --size, or add --checkpointing")
+        parser.error(f"out of memory ({error}); train.py has --micro-batch, --size and --checkpointing")
 
 
 def cores():
@@ -676,7 +687,7 @@ def main(argv=None):
     parser.add_argument("--make", nargs=2, type=int, metavar=("N", "M"),
                         help="render a demo of N training and M validation images into DIR")
     parser.add_argument("--size", type=int, default=DEMO["size"], help="longest side, pixels (default 160)")
-    parser.add_argument("--seed", type=int, default=0, metavar="K", help="1 to 49: other scenes (default 0)")
+    parser.add_argument("--seed", type=int, default=0, choices=range(50), metavar="K", help="other scenes")
     return command(parser, run, argv)
 
 

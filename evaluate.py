@@ -5,10 +5,10 @@
     python evaluate.py run/ photo.jpg                  what the run sees in a photo: run/photo.png
 
 Protocol: that of Vandenhende et al. 2021 and M3ViT (Fan et al. 2022), whose numbers Table 1 of the ASE paper
-continues. The network sees S×S; its predictions are brought to each image's own size and compared there with
-the untouched truth. That is what training learns from, but for edges: training has the thinned Laplacian of
-the LabelMap, as the field's loaders do, and odsF is judged against its thinned `seg2bmap`, as in SEISM. Four
-variants of odsF are published, and differ by points: README tells whose flags are which.
+continues; of the published variants of odsF, which README lists, ASTMT's. The network sees S×S; predictions
+are brought to each image's own size and compared there with the untouched truth. That is what training learns
+from, but for edges: training has the thinned Laplacian of the LabelMap, as the field's loaders do; odsF is
+judged against its thinned `seg2bmap`, as in SEISM.
 
 Shapes: B images · C channels · S side of the network's input · H, W an image's own height and width · K
 thresholds.
@@ -158,15 +158,16 @@ class MaxIoU(Metric):
     thresholds = np.arange(20, 91, 5) / 100
 
     def count(self, prediction, truth, channels, protocol):
-        """(15, 2): at each threshold the index, and 1."""
+        """(15, 3): at each threshold the index, 1, and the pixels of the true foreground."""
         truth = truth == 1
         found = prediction > self.thresholds[:, None, None].astype(prediction.dtype)     # (15, H, W)
         both = (found & truth).sum((1, 2))
         either = found.sum((1, 2)) + truth.sum() - both
-        return np.stack([np.where(either > 0, both / np.maximum(either, 1), 1.0), np.ones(len(both))], 1)
+        index = np.where(either > 0, both / np.maximum(either, 1), 1.0)
+        return np.stack([index, np.ones(len(both)), np.full(len(both), truth.sum())], 1)
 
     def value(self, total):
-        return 100 * float((total[:, 0] / total[:, 1]).max())
+        return 100 * float((total[:, 0] / total[:, 1]).max()) if total[0, 2] else math.nan
 
 
 class MeanAngle(Metric):
@@ -490,6 +491,13 @@ def metrics_of(counts):
     return {task: None if math.isnan(value) else value for task, value in metrics.items()}
 
 
+def iou_by_class(task, total):
+    """{class: IoU in percent, None where it does not occur} from `MeanIoU`'s counts."""
+    rows = zip(TASKS[task].classes, total.tolist())
+    return {name: 100 * right / (predicted + true - right) if predicted + true else None
+            for name, (right, predicted, true) in rows}
+
+
 # ----------------------------------------------------------------------------------------- Δm and baselines
 
 PASCAL_VAL = 5105  # images of PASCAL-Context's validation split, on which the published baselines were judged
@@ -532,7 +540,7 @@ class Run(NamedTuple):
 
 
 def open_run(folder, tasks=None):
-    """A run, for all its tasks or for some, "semseg,edge". Raises UserError for what is no run of this code."""
+    """A run, for all its tasks or some, "semseg,edge". Raises UserError for what is no run of this code."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} is no run folder, it has no config.json: name one that train.py made")
@@ -560,7 +568,7 @@ def choose(known, names):
     for task in chosen:
         if task not in known or chosen.count(task) > 1:
             raise UserError(f"--tasks {names}: {task!r} is unknown or named twice; expected some of "
-                            f"{','.join(known)}")
+                            f"{','.join(known) or 'none, all are there'}")
     return {task: value for task, value in known.items() if task in chosen}
 
 
@@ -584,7 +592,7 @@ def read_log(folder):
 def select_ids(ids, path):
     """The ids that the file `path` lists, which must all be among `ids`."""
     with data.reading(path, "expected ids of val.txt, one a line"):
-        wanted = list(dict.fromkeys(Path(path).read_text(encoding="utf-8").split()))
+        wanted = list(dict.fromkeys(data.read_list(path)))
         unknown = sorted(set(wanted) - set(ids))
         if unknown or not wanted:
             raise ValueError(f"it lists {unknown[0] if unknown else 'no id'}")
@@ -596,7 +604,7 @@ def judge(run, args, device):
     with pictures: None under any but the default protocol, and for other data than the run's own."""
     root = Path(args.data or run.settings["data"])
     if not root.exists():
-        raise UserError(f"{run.folder} was trained on {root}, which is not there: name it, --data DIR")
+        raise UserError(f"there is no data set {root}: name where that of {run.folder} lies, --data DIR")
     dataset = data.PascalContext(root, "val", run.config.image, run.config.tasks)
     if args.ids:
         dataset.ids = select_ids(dataset.ids, args.ids)
@@ -608,8 +616,11 @@ def judge(run, args, device):
     notes = [f"{len(dataset)} images at native size, {root}" + ("" if own else ", not the run's own data")]
     notes += [f"{task}: the mean over the {total.any(1).sum()} of {len(total)} classes that occur"
               for task, total in counts.items() if TASKS[task].metric == "miou" and not total.any(1).all()]
+    epoch, epochs = load_checkpoint(run.folder)["epoch"], run.settings["epochs"]
+    notes += [f"{run.folder} is not finished: {epoch} of {epochs} epochs"] * (epoch < epochs)
     result = {"metrics": metrics_of(counts), "constant": metrics_of(of_constant), "notes": notes,
-              "epoch": load_checkpoint(run.folder)["epoch"], "baseline": default_baseline(root)}
+              "classes": {task: iou_by_class(task, counts[task]) for task in counts if TASKS[task].classes},
+              "epoch": epoch, "baseline": default_baseline(root)}
     if "edge" in counts:
         result["edge"] = {"thresholds": protocol.levels().tolist(), "counts": counts["edge"].tolist()}
 
@@ -631,6 +642,7 @@ def results_of(runs, args, device, unwritten):
         if saved.is_file() and kept.is_file() and kept.stat().st_mtime >= saved.stat().st_mtime:
             with data.reading(kept, "delete it"):
                 result = json.loads(kept.read_bytes())
+                result = result if result["epoch"] >= run.settings["epochs"] else None
         epoch = (result or load_checkpoint(run.folder))["epoch"] if saved.is_file() else 0
         if epoch < run.settings["epochs"]:
             print(f"left out: {run.folder} has trained for {epoch} of its {run.settings['epochs']} epochs")
@@ -644,6 +656,8 @@ def results_of(runs, args, device, unwritten):
             except OSError as error:
                 unwritten.append(error)
         rows.append((run, result))
+    if runs and not rows:
+        raise UserError("none of these runs is finished: name one alone to judge it as it is")
     return rows
 
 
@@ -651,8 +665,8 @@ def results_of(runs, args, device, unwritten):
 
 
 def groups_of(rows):
-    """{name: [(run, result)]}: a row for runs that differ in nothing but the seed, and where files lie."""
-    groups, named = {}, {}
+    """[(name, [(run, result)])]: a row for runs that differ in nothing but the seed, and where files lie."""
+    groups, named = {}, []
     for run, result in rows:
         flags = {k: v for k, v in run.settings.items() if k not in ("seed", "data", "weights", "extend")}
         groups.setdefault(json.dumps(flags, sort_keys=True), []).append((run, result))
@@ -660,7 +674,7 @@ def groups_of(rows):
         name = str(group[0][0].folder)
         if len(group) > 1:  # "ase ×2" of runs/ase-0 and runs/ase-1
             name = f"{re.sub('[-_.]?[0-9]+$', '', Path(name).name) or name} ×{len(group)}"
-        named[f"{name} " if name in named else name] = group
+        named.append((name, group))
     return named
 
 
@@ -693,7 +707,7 @@ def print_table(rows, name, baseline):
         cells = [cell(metrics.get(task), ".2f") for task in TASKS]
         table.append([label, numbers, *cells, *rest, *[""] * (3 - len(rest))])
 
-    for label, group in groups_of(rows).items():
+    for label, group in groups_of(rows):
         run, c = group[0][0], group[0][0].config
         metrics = {task: [result["metrics"][task] for _, result in group] for task in c.tasks}
         gains = [delta_m(result["metrics"], baseline) if baseline and None not in result["metrics"].values()
@@ -714,9 +728,6 @@ def print_table(rows, name, baseline):
     print("\n×: runs of several seeds, mean ± standard deviation" if len(groups_of(rows)) < len(rows) else "")
     for note in dict.fromkeys(note for _, result in rows for note in result["notes"]):
         print(note)
-    for run, result in rows:
-        if result["epoch"] < run.settings["epochs"]:
-            print(f"{run.folder} is not finished: {result['epoch']} of {run.settings['epochs']} epochs")
     print(f"baseline: {name}")
 
 
@@ -760,16 +771,23 @@ def run(args):
     device = data.pick_device(args.device)
     args.default = not (args.ids or args.tasks or args.no_nms or args.thresholds == 99)
     photos = [Path(path) for path in args.paths if Path(path).is_file()]
-    runs = [open_run(path, args.tasks) for path in args.paths if not Path(path).is_file()]
+    folders = {Path(path).resolve(): path for path in args.paths if not Path(path).is_file()}
+    runs = [open_run(path, args.tasks) for path in folders.values()]
     if not runs or photos and (len(runs) > 1 or len({photo.stem for photo in photos}) < len(photos)):
         raise UserError(f"found {len(runs)} run folders and {len(photos)} photos: expected runs, or one run "
                         "and photos of different names")
     if photos:
         model = load_model(runs[0], device)
+        broken = []
         for photo in photos:
-            draw_photo(runs[0], photo, model, device)
+            try:
+                draw_photo(runs[0], photo, model, device)
+            except UserError as error:
+                broken.append(str(error))
+        if broken:
+            raise UserError("; ".join(broken))
         return
-    named = args.baseline[0] if args.baseline and args.baseline[0] in BASELINES else None
+    named = args.baseline[0] if args.baseline and {*args.baseline} <= BASELINES.keys() else None
     others = [] if named else [open_run(path) for path in args.baseline or ()]
     for task in set().union(*(run.config.tasks for run in runs)) if others else ():
         if not any(task in other.config.tasks for other in others):
@@ -856,7 +874,7 @@ def plot(size, xlim, ylim, labels, series=(), heat=None, xticks=None, yticks=Non
 
 def draw_experts(path, epochs, tasks, shared):
     """Draw Fig. 4: the mean gate of each expert in each layer, task by task, at the first, third and last
-    epoch. Epochs: (number, gates (L, T, N), the shared experts first). Without experts nothing is drawn."""
+    epoch. Epochs: (number, gates (layers, T, N), shared experts first). Without experts nothing is drawn."""
     gates = {number: np.array(values) for number, values in epochs}
     shown = [number for i, number in enumerate(gates) if i in (0, 2, len(gates) - 1)]
     if not shown or gates[shown[0]].size == 0:
@@ -901,7 +919,7 @@ def draw_curves(path, records, shared=0, topk=0):
     legend = [("training loss, each log record", PALE),
               ("its running mean", BLUE), ("validation loss", ORANGE)]
     if shared and epochs:
-        gates = np.array([record["gates"] for record in epochs.values()])                # (epochs, L, T, N)
+        gates = np.array([record["gates"] for record in epochs.values()])  # (epochs, layers, T, N)
         shares = gates[..., :shared].sum(-1).mean(1).T                                   # (T, epochs)
         neutral = shared / (shared + topk)  # what they have where all logits are equal
         lines = [((0, x[-1]), (neutral, neutral), GREY, 2)]
@@ -917,8 +935,9 @@ def draw_curves(path, records, shared=0, topk=0):
 
 
 @torch.inference_mode()
-def gates_of(model, images, first=1):
-    """The gates of each token from the `first` on (0: class token), (layers with experts, T, B, P, N)."""
+def gates_of(model, images, first=None):
+    """Gates of the patches, or of all tokens from the `first` on: (layers with experts, T, B, P, N)."""
+    first = 1 + model.config.registers if first is None else first
     met = []  # by the experts of each layer: they and their input (T, B, L, D)
     layers = [block.experts for block in model.eval().blocks if block.experts is not None]
     hooks = [layer.register_forward_pre_hook(lambda layer, x: met.append((layer, *x))) for layer in layers]
@@ -965,8 +984,9 @@ def draw_run(run, model, dataset, device):
     def without_truth(image):
         return sum(not (x.any() if x.ndim == 3 else (x != IGNORE).any()) for x in image[1].values())
 
-    samples = []
-    for image, truth in sorted(images, key=without_truth)[:6]:  # with people, where there are any
+    best, samples = sorted(images, key=without_truth), []
+    equal = sum(without_truth(image) == without_truth(best[0]) for image in best)
+    for image, truth in best[:max(6, equal):max(1, equal // 6)][:6]:  # with people, spread over the split
         activated = predict(model, image, run.settings["mean_std"], device)
         samples.append((image.transpose(1, 2, 0), truth, to_native(activated, image.shape[1:])))
     draw_predictions(run.folder / "predictions.png", samples)
@@ -984,7 +1004,12 @@ def draw_photo(run, path, model, device):
     if out.name in PICTURES or out.exists() and out.samefile(path):
         raise UserError(f"the predictions would replace {out}: rename {path}")
     with data.reading(path, "expected a photo that Pillow opens"):
-        photo = ImageOps.exif_transpose(Image.open(path))
+        photo = Image.open(path)
+        if photo.mode[0] in "IF":
+            raise ValueError(f"it has the mode {photo.mode}: expected 8 bits a channel")
+        photo.load()
+        with contextlib.suppress(Exception):  # of malformed EXIF: the pixels are sound
+            photo = ImageOps.exif_transpose(photo)
         if photo.has_transparency_data:
             photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo.convert("RGBA"))
         photo.thumbnail((2048, 2048))

@@ -10,10 +10,9 @@
     python train.py --data PASCAL_MT --weights vit_base.safetensors   the paper's setting
     torchrun --nproc_per_node=8 train.py …                            the same on several GPUs
 
-The run folder holds config.json, log.jsonl (a record every few steps and every epoch) and checkpoint.pt: with
-the data set, all that evaluate.py needs. Every step's randomness is a function of the seed, the step and the
-process, so a run that was killed at any moment and started again with the same command ends, on a CPU, in the
-same weights bit for bit.
+The run folder holds config.json, log.jsonl and checkpoint.pt: with the data set, all that evaluate.py needs.
+Every step's randomness is a function of the seed, the step and the process, so a run that was killed at any
+moment and started again with the same command ends, on a CPU, in the same weights bit for bit.
 """
 
 import argparse
@@ -41,8 +40,8 @@ MODEL = ("experts", "topk", "shared", "rank", "gating", "noise", "lora")  # flag
 PAPER = {flag: getattr(ase.Config, flag) for flag in MODEL} | dict(mi=0.005, mean_std="imagenet", seed=0)
 DEMO = dict(backbone="vit_tiny", epochs=3, batch=2, lr=2e-3, val_images=50)
 PASCAL = dict(backbone="vit_base", epochs=40, batch=32, lr=5e-4, val_images=500)
-# What decides the weights. It is kept in config.json, and a run goes on only where all of it is the same.
-SETTINGS = (*PAPER, *DEMO, "size", "tasks", "start", "dataset")
+# What decides weights and log. It is kept in config.json, and a run goes on only where all of it is the same.
+SETTINGS = (*PAPER, *DEMO, "size", "heads", "tasks", "start", "dataset")
 PLACES = ("data", "weights", "extend")  # where files lie is kept, too, but they may move
 WEIGHT_DECAY = 0.01
 WARMUP = 0.05        # fraction of all steps
@@ -235,7 +234,7 @@ class Log:
         what = f"({c.experts}/{c.topk}/{c.shared}/{c.rank}) {c.gating} gates" if c.experts else "no experts"
         self.tell(f"model      {what}, LoRA {c.lora}; {c.depth} blocks of width {c.dim}, {c.image}×{c.image} "
                   f"in patches of {c.patch}; {total:.2f} M parameters, {trained:.2f} M trained\n"
-                  f"weights    {loaded}\n"
+                  f"weights    {loaded}; images normalised for them as {self.args.mean_std}\n"
                   f"data       {self.args.data}: {images} images in {self.steps_per_epoch} steps an epoch; "
                   f"validation losses on {val_images}\ndevice     {device}\n")
         self.tell(f"{'done':>5}{'step':>8}" + "".join(f"{task:>12}" for task in c.tasks)
@@ -293,12 +292,9 @@ def resume(args):
     """The checkpoint of the run in `args.out`, or None. Raises UserError for a run with other settings."""
     out = Path(args.out)
     if not (out / "checkpoint.pt").is_file():  # nothing can be lost, whatever the flags
-        visible = [file.name for file in out.glob("[!.]*")]
-        if visible and "config.json" not in visible:
-            raise UserError(f"{out} holds {visible[0]} and is no run folder: name another one, --out DIR")
         return None
     found = evaluate.open_run(out).settings
-    for name in SETTINGS:
+    for name in (*SETTINGS, "model"):
         if found.get(name) != getattr(args, name):
             raise UserError(f"{out} holds a run with {name} {found.get(name)}, not {getattr(args, name)}: "
                             "repeat its flags to go on with it, or name another folder, --out DIR")
@@ -317,7 +313,7 @@ def begin(args):
 
 def extend(base, args):
     """Make the flags those of the finished run `base`, whose model stays as it is and gets new tasks."""
-    for flag in (*MODEL, "backbone", "size", "mean_std"):
+    for flag in (*MODEL, "backbone", "size", "heads", "mean_std"):
         value = base.settings[flag]
         if getattr(args, flag) not in (None, value):
             raise UserError(f"{base.folder} has {flag} {value}, not {getattr(args, flag)}, and its model "
@@ -329,6 +325,32 @@ def extend(base, args):
                         "finish it first, by the command that began it")
 
 
+def backbone(args, is_demo):
+    """The fields of `ase.Config` that the ViT decides; sets `args.start`, `args.weights`, `args.backbone`."""
+    name = args.backbone or (DEMO if is_demo else PASCAL)["backbone"]
+    if is_demo and name == DEMO["backbone"]:
+        args.weights = args.weights or str(OWN_BACKBONE)
+    if not args.weights:
+        raise UserError("no weights: a frozen random backbone is no experiment; name pretrained ones, "
+                        "--weights FILE (README tells where from), or mean it: --weights none")
+    args.start, shape = "random", ase.BACKBONES[name]
+    if args.weights != "none":
+        args.start = "pretrained"
+        if Path(args.out, "checkpoint.pt").is_file():
+            model = evaluate.open_run(args.out).settings["model"]
+            shape = {field: model[field] for field in (*shape, "registers")}
+        else:
+            shape = ase.shape_of(args.weights)
+        sizes = "width {dim}, {depth} blocks, patch {patch}"
+        names = [name for name, row in ase.BACKBONES.items() if sizes.format(**row) == sizes.format(**shape)]
+        if args.backbone not in (None, *names):
+            raise UserError(f"--backbone {args.backbone}: {args.weights} has {sizes.format(**shape)}; leave "
+                            "the flag out")
+        name = names[0] if names else sizes.format(**shape)
+    args.backbone = name
+    return shape | {field: x for field, x in (("image", args.size), ("heads", args.heads)) if x}
+
+
 def resolve(args, world):
     """Give every flag its value in this run, from defaults and data; from here on `args` is read by name.
 
@@ -336,6 +358,9 @@ def resolve(args, world):
     pretrained or extended), `config` (the `ase.Config` of what is trained) and `model` (the fields of that of
     the finished model). Flags and files are checked before anything is made. Raises UserError, ValueError.
     """
+    visible = [file.name for file in Path(args.out).glob("[!.]*")]
+    if visible and "config.json" not in visible:
+        raise UserError(f"{args.out} holds {visible[0]} and is no run folder: name another one, --out DIR")
     base = evaluate.open_run(args.extend) if args.extend else None
     if base:
         extend(base, args)
@@ -345,7 +370,7 @@ def resolve(args, world):
     args.data = str(Path(args.data).resolve())
     images = data.DEMO["train"] if args.to_make else len(data.read_ids(args.data, "train"))
     for flag, value in (PAPER | (DEMO if is_demo else PASCAL)).items():
-        if getattr(args, flag, None) is None:
+        if getattr(args, flag, None) is None and flag != "backbone":
             setattr(args, flag, value)
     if args.batch > images or args.batch % world:
         raise UserError(f"--batch {args.batch}: expected at most the {images} training images, and a "
@@ -354,23 +379,18 @@ def resolve(args, world):
     known, there = {task: t.channels for task, t in TASKS.items()}, base.config.tasks if base else {}
     tasks = evaluate.choose({task: n for task, n in known.items() if task not in there}, args.tasks)
     if base:
+        args.start = "extended"
         whole = replace(base.config, tasks={task: known[task] for task in known if task in there | tasks})
     else:
-        shape = ase.BACKBONES[args.backbone] | ({"image": args.size} if args.size else {})
+        shape = backbone(args, is_demo)
         whole = ase.Config(**shape, tasks=tasks, **{flag: getattr(args, flag) for flag in MODEL})
-    args.tasks, args.size, args.lora = [*tasks], whole.image, whole.lora
+    args.tasks, args.size, args.heads, args.lora = [*tasks], whole.image, whole.heads, whole.lora
     args.config, args.model = replace(whole, tasks=tasks), asdict(whole)
-
-    if is_demo and args.backbone == DEMO["backbone"]:
-        args.weights = args.weights or str(OWN_BACKBONE)
-    if not base and not args.weights:
-        raise UserError("no weights: a frozen random backbone is no experiment; name pretrained ones, "
-                        "--weights FILE (README tells where from), or mean it: --weights none")
-    args.start = "extended" if base else "random" if args.weights == "none" else "pretrained"
     if args.start == "pretrained" and not Path(args.out, "checkpoint.pt").is_file():
         with torch.device("meta"):  # nothing but shapes: a check of the file
             model = ase.ASE(args.config)
         ase.load_backbone(model, args.weights)
+
 
 
 # ------------------------------------------------------------------------------------------ python train.py
@@ -412,7 +432,9 @@ def main(argv=None):
     add("--tasks", f"some of {','.join(TASKS)} (default all)", metavar="A,B")
     add("--extend", "add --tasks to this finished run's model, which stays as it is: only their routers, "
                     "embeddings and heads are trained (data and model default to the run's)", metavar="RUN")
-    add("--backbone", "shape of the ViT", choices=ase.BACKBONES)
+    add("--backbone", "shape of a random ViT; pretrained weights have theirs", choices=ase.BACKBONES)
+    add("--heads", "attention heads, which no file of weights tells (default as published)", type=some,
+        metavar="N")
     add("--weights", "pretrained ViT, .safetensors or torch.save; none: random (default a demo's own; needed "
                      "elsewhere)", metavar="FILE")
     add("--mean-std", "the weights' normalisation: imagenet (DeiT, MAE, DINO) or half (timm's augreg, "
@@ -438,8 +460,10 @@ def main(argv=None):
 
 
 def run(args):
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1 and torch.cuda.is_available():
+    rank, world = 0, 1
+    if "LOCAL_RANK" in os.environ:  # torchrun's
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if world > 1 and args.device in (None, "cuda") and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     device = data.pick_device(args.device)
     try:

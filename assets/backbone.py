@@ -37,9 +37,9 @@ def scene_classes(job):
 
 
 def pretrain(path, images, held_out, epochs, batch, lr, seed):
+    path.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    shape = ase.BACKBONES["vit_tiny"]
-    model = ase.ASE(ase.Config(**shape, experts=0, tasks={"classes": CLASSES}))
+    model = ase.ASE(ase.Config(**ase.BACKBONES["vit_tiny"], experts=0, tasks={"classes": CLASSES}))
     classify = torch.nn.Linear(model.config.dim, CLASSES)
     # The patch embedding stays random, as in MoCo v3 (Chen et al. 2021): F1 is better, and patches keep
     # detail that other tasks need. The strong decay keeps tokens small, so that adapters can change them.
@@ -47,7 +47,7 @@ def pretrain(path, images, held_out, epochs, batch, lr, seed):
     vit = [p for name, p in model.named_parameters() if ase.part(name) == "backbone"]
     parameters = [p for p in (*vit, *classify.parameters()) if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.3, fused=True)
-    jobs = [(10 ** 9 + n, shape["image"]) for n in range(images + held_out)]  # seeds that no demo's scene has
+    jobs = [(10 ** 9 + n, model.config.image) for n in range(images + held_out)]  # seeds of no demo
     scenes = [*data.parallel(scene_classes, jobs, len(jobs), "render")]
     photos = torch.stack([torch.from_numpy(photo).permute(2, 0, 1) for photo, _ in scenes])  # (n, 3, S, S)
     present = torch.stack([torch.from_numpy(classes) for _, classes in scenes]).float()      # (n, 20)
