@@ -22,6 +22,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import scipy.io
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -36,7 +37,7 @@ import ase
 import data
 import evaluate
 import train
-from assets import demo
+from assets import demo, study
 from data import IGNORE, PALETTE, TASKS, Task, boundaries, legend_of, paint, sheet, thin
 from evaluate import THRESHOLDS, draw_curves, draw_experts, draw_predictions
 from evaluate import edge_counts, ods_f, suppress, thin_words, threshold_bits
@@ -2536,6 +2537,49 @@ def test_a_photo_with_malformed_exif_is_drawn_and_a_broken_one_named(finished, t
     (tmp_path / "cut.jpg").write_bytes(b"no photo")
     error = fails(evaluate.main, finished, tmp_path / "cut.jpg", tmp_path / "odd.jpg", "--device", "cpu")
     assert "cut.jpg" in error and "odd.jpg" not in error and drawn(finished / "odd.png")
+
+
+# ------------------------------------------------------------------------------------------- assets/study.py
+
+def test_an_effect_is_found_where_it_was_planted_with_the_interval_of_a_t_test():
+    chance = np.random.default_rng(0).normal(0, 0.3, (4, 3, 9))
+    gains = {(method, n): (method in ("ASE", "control")) + chance[i, j]
+             for i, method in enumerate(study.METHODS.values()) for j, n in enumerate((16, 32, 64))}
+    rows = {row: {seed: (None, gain) for seed, gain in enumerate(values)} for row, values in gains.items()}
+    for name, planted in (("(a) gates that sum to 1", 1), ("(b) shared experts", 0)):
+        weights = study.EFFECTS[name]
+        blocks = [list(sum(w * gains[method, n] for method, w in weights.items())) for n in (16, 32, 64)]
+        for new, values in ((None, sum(blocks, [])), (True, blocks[0][4:] + blocks[1][8:] + blocks[2][4:])):
+            mean, half, count = study.effect(rows, weights, new)
+            expected = scipy.stats.ttest_1samp(values, 0).confidence_interval()
+            assert (mean - half, mean + half) == pytest.approx((expected.low, expected.high))
+            assert count == len(values)
+        mean, half, _ = study.effect(rows, weights)
+        assert mean - half < planted < mean + half and (mean - half > 0) == bool(planted)
+
+
+def test_a_run_becomes_a_line_of_the_study(finished, mini, table):
+    table(finished)
+    line, run = study.line_of(finished), evaluate.open_run(finished)
+    assert line["metrics"] == result_of(finished / "metrics.json")["metrics"] and len(line["val"]) == 2
+    assert json.loads(json.dumps(line)) == line and line["settings"]["data"] == "mini"
+    model, dataset = evaluate.load_model(run, "cpu"), data.PascalContext(mini, "train", 32)
+    batch = data.warp(*map(torch.from_numpy, dataset.canvas(range(13))), 32, "imagenet")
+    losses = evaluate.losses(model(batch.images)[0], batch.targets)
+    lora = [p for name, p in model.named_parameters() if "lora_" in name]
+    vectors = [torch.cat([g.flatten() for g in torch.autograd.grad(loss, lora, retain_graph=True)]).double()
+               for loss in losses.values()]
+    cosines = [F.cosine_similarity(a, b, dim=0).item() for a, b in itertools.combinations(vectors, 2)]
+    expected = [np.mean(np.array(cosines) < 0), np.mean(cosines)]
+    assert line["conflict"]["LoRA"] == pytest.approx(expected, abs=1e-5)
+    val = data.PascalContext(mini, "val", 32)
+    batch = data.warp(*map(torch.from_numpy, val.canvas(range(7))), 32, "imagenet")
+    mass = evaluate.gates_of(model, batch.images)[..., :1].sum(-1)           # (layers, T, B, P)
+    for name, pixels in (("edge", batch.targets["edge"] == 1), ("object", batch.targets["semseg"] % 255 > 0)):
+        there = F.max_pool2d(pixels[:, None].float(), 8).flatten() > 0
+        expected = [[[row[there].mean().item(), row[~there].mean().item()] for row in layer.flatten(1)]
+                    for layer in mass]
+        np.testing.assert_allclose(line["where"][name], expected, atol=1e-6)
 
 
 # ---------------------------------------------------------- worked changes, of README and assets/recipes.md
