@@ -399,12 +399,12 @@ def random_warps(number, generator):
 def warp(canvas, sizes, side, mean_std, tasks=TASKS, target_to_source=None):
     """The network's input and its targets: one affine grid about the centre of each image for all maps.
 
-    There are two frames: the source, which is an image as it was read, and the target, S×S, which the network
-    sees. As everywhere in warping we go backwards: each target pixel looks up the source point that it shows.
+    Two frames: the source, an image as it was read, and the target, S×S, which the network sees. Each target
+    pixel looks up the source point that it shows: its offset from the centre, in source pixels, is turned by
+    the matrix, and half a size added, so that it counts from the source's corner.
 
-    canvas (B, planes, H, W) and sizes (B, 2) of `PascalContext.canvas` · target_to_source (B, 2, 2): takes an
-    offset (x, y) from the centre of the target, in source pixels, into the source; None: the identity.
-    → `Batch`, S = side.
+    canvas (B, planes, H, W) and sizes (B, 2) of `PascalContext.canvas` · target_to_source (B, 2, 2): matrices
+    for offsets (x, y); None: the identity. → `Batch`, S = side.
     """
     if target_to_source is None:
         target_to_source = torch.eye(2).expand(len(canvas), 2, 2)

@@ -276,7 +276,7 @@ def thin_words(words):
         for step in ring + [0]:
             todo[0][changed + step] = True
             todo[1][changed + step] = True
-        todo = [todo[1] & (flat != 0), todo[0] & (flat != 0)]
+        todo = [todo[1] & (flat != 0), todo[0] & (flat != 0)]  # the other half-pass is next
         ring = ring[4:] + ring[:4]
     return p[:, 1:-1, 1:-1]
 
@@ -341,24 +341,24 @@ def match(links, truths, kept):
     mate = [-1] * len(links)  # of each predicted pixel
     owner = [-1] * truths  # of each truth pixel
     before = np.zeros(len(links), dtype=bool)
-    single, sizes = [], []  # the predicted pixels without a mate
+    unmatched, sizes = [], []  # predicted pixels without a mate
     for now in kept[::-1] & near:  # from few pixels to many: what was matched stays matched where it can
         for pixel in np.flatnonzero(before & ~now).tolist():
             if mate[pixel] >= 0:
                 owner[mate[pixel]] = -1
                 mate[pixel] = -1
-        todo = [pixel for pixel in single if now[pixel]] + np.flatnonzero(now & ~before).tolist()
-        before, single, closed = now, [], set()
+        todo = [pixel for pixel in unmatched if now[pixel]] + np.flatnonzero(now & ~before).tolist()
+        before, unmatched, closed = now, [], set()
         for pixel in todo:
             truth, asked = augmenting_path(pixel, links, owner, closed)
             if truth < 0:
-                single.append(pixel)
+                unmatched.append(pixel)
                 closed.update(asked)  # no way leads on from these, and no later path changes that
             while truth >= 0:  # back along the path: each predicted pixel takes the truth it has asked for
                 pixel = asked[truth]
                 owner[truth] = pixel
                 mate[pixel], truth = truth, mate[pixel]
-        sizes.append(int(now.sum()) - len(single))
+        sizes.append(int(now.sum()) - len(unmatched))
     return sizes[::-1]
 
 
