@@ -101,7 +101,12 @@ def where(model, run, dataset):
             there = pixels.view(side, c.patch, side, c.patch).any(3).any(1).flatten()    # (P,)
             totals[name] = totals[name] + torch.stack([mass @ there.double(), mass @ (~there).double()], -1)
             counts[name] = counts[name] + torch.stack([there.sum(), (~there).sum()])
-    return {name: (totals[name] / counts[name]).tolist() for name in totals}
+    return {name: short(totals[name] / counts[name]) for name in totals}
+
+
+def short(x):
+    """Nested lists of numbers to five decimals: a line is kept for good."""
+    return np.round(np.array(x), 5).tolist()
 
 
 def line_of(folder):
@@ -117,8 +122,8 @@ def line_of(folder):
                           for split in ("train", "val"))
     records = [record for record in evaluate.read_log(run.folder) if record["kind"] == "epoch"]
     line = {"run": run.folder.name, "settings": run.settings, "metrics": result["metrics"],
-            "val": [record["val"] for record in records], "gates": [record["gates"] for record in records],
-            "information": [record["mutual_information"] for record in records]}
+            "val": [record["val"] for record in records], "gates": short([record["gates"] for record in records]),
+            "information": short([record["mutual_information"] for record in records])}
     for place in ("data", "weights", "extend"):
         line["settings"][place] = Path(run.settings[place] or "").name
     if run.config.experts:
