@@ -101,12 +101,12 @@ def where(model, run, dataset):
             there = pixels.view(side, c.patch, side, c.patch).any(3).any(1).flatten()    # (P,)
             totals[name] = totals[name] + torch.stack([mass @ there.double(), mass @ (~there).double()], -1)
             counts[name] = counts[name] + torch.stack([there.sum(), (~there).sum()])
-    return {name: short(totals[name] / counts[name]) for name in totals}
+    return {name: short((totals[name] / counts[name]).numpy()) for name in totals}
 
 
 def short(x):
     """Nested lists of numbers to five decimals: a line is kept for good."""
-    return np.round(np.array(x), 5).tolist()
+    return np.round(x, 5).tolist()
 
 
 def line_of(folder):
