@@ -10,8 +10,7 @@ are brought to each image's own size and compared there with the untouched truth
 from, but for edges: training has the thinned Laplacian of the LabelMap, as the field's loaders do; odsF is
 judged against its thinned `seg2bmap`, as in SEISM.
 
-Shapes: B images · C channels · S side of the network's input · H, W an image's own height and width · K
-thresholds.
+Shapes: B images · C channels · S side of the network's input · H, W an image's own size · K thresholds.
 """
 
 import argparse
@@ -107,7 +106,8 @@ class Protocol(NamedTuple):
 
 
 class Metric:
-    """How tasks of a kind are judged, image by image: a subclass counts what adds up over a split."""
+    """How tasks of a kind are judged. A subclass has `count(prediction, truth, channels, protocol)`, numbers
+    of an image that add up over a split, and `value(total)` of their sum, NaN without any truth."""
 
     constant = ()  # the output that knows nothing: its first channels, the others are 0
 
@@ -118,14 +118,6 @@ class Metric:
     def decide(self, native):
         """That, at native size (C, H, W) → the prediction that is compared and drawn."""
         return native[0]
-
-    def count(self, prediction, truth, channels, protocol):
-        """One image → an array of numbers that add up over images."""
-        raise NotImplementedError
-
-    def value(self, total):
-        """The metric from the sum over a split; NaN without any truth."""
-        raise NotImplementedError
 
 
 class MeanIoU(Metric):
@@ -437,11 +429,8 @@ def read_truth(root, id, tasks, image=None):
     from the files of these tasks (`image`, where given, is not read again)."""
     maps = data.maps_of(tasks)
     planes = torch.from_numpy(data.read_planes(root, id, maps, image))
-
-    def edges(labels):  # SEISM's; training has others
-        return torch.from_numpy(thin(seg2bmap(labels[0].numpy())))[None]
-
-    truth = data.targets(planes[None], tasks, edges=edges)
+    truth = data.targets(planes[None], tasks, edges=lambda labels: torch.from_numpy(
+        thin(seg2bmap(labels[0].numpy())))[None])  # SEISM's edges; training has others
     return data.pick(planes, "image", maps).numpy(), {task: x[0].numpy() for task, x in truth.items()}
 
 
@@ -461,11 +450,8 @@ def _compare(job):
 
 
 def accumulate(model, dataset, mean_std, device, protocol=Protocol()):
-    """{task: counts} of a model, summed over a split, and the same of a constant prediction.
-
-    The model runs here, the counts are made by workers, one image a job; memory does not grow with the number
-    of images.
-    """
+    """{task: counts} of a model, summed over a split, and the same of a constant prediction. The model runs
+    here, the counts are made by workers, one image a job."""
     def jobs():
         for id in dataset.ids:
             image = data.read_map(dataset.root, "image", id, None)
@@ -493,9 +479,8 @@ def metrics_of(counts):
 
 def iou_by_class(task, total):
     """{class: IoU in percent, None where it does not occur} from `MeanIoU`'s counts."""
-    rows = zip(TASKS[task].classes, total.tolist())
     return {name: 100 * right / (predicted + true - right) if predicted + true else None
-            for name, (right, predicted, true) in rows}
+            for name, (right, predicted, true) in zip(TASKS[task].classes, total.tolist())}
 
 
 # ----------------------------------------------------------------------------------------- Δm and baselines
@@ -603,8 +588,6 @@ def judge(run, args, device):
     """A run's result under the protocol that args asks for, and a function that keeps it in the run's folder,
     with pictures: None under any but the default protocol, and for other data than the run's own."""
     root = Path(args.data or run.settings["data"])
-    if not root.exists():
-        raise UserError(f"there is no data set {root}: name where that of {run.folder} lies, --data DIR")
     dataset = data.PascalContext(root, "val", run.config.image, run.config.tasks)
     if args.ids:
         dataset.ids = select_ids(dataset.ids, args.ids)
@@ -627,8 +610,7 @@ def judge(run, args, device):
     def keep():
         data.write_json(run.folder / "metrics.json", result)
         draw_run(run, model, dataset, device)
-        pictures = sorted(path.name for path in run.folder.glob("*.png"))
-        print(f"kept in {run.folder}: metrics.json, {', '.join(pictures)}")
+        print(f"kept in {run.folder}: metrics.json and pictures")
 
     return result, keep if own and args.default else None
 
@@ -752,16 +734,13 @@ def baseline_of(rows, named, others, args):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("paths", nargs="+", metavar="RUN|PHOTO",
-                        help="one run is judged, several are compared; photos, with one run")
-    parser.add_argument("--baseline", nargs="+", metavar="NAME|RUN",
-                        help=f"what Δm compares with: {', '.join(BASELINES)}, or runs whose metrics together "
-                             "make one (default: demo on the default demo, resnet18 on PASCAL-Context)")
+    parser.add_argument("paths", nargs="+", metavar="RUN|PHOTO", help="runs, or one run and photos")
+    parser.add_argument("--baseline", nargs="+", metavar="NAME|RUN", help="what Δm compares with: "
+                        f"{', '.join(BASELINES)}, or runs (default: the data set's, demo or resnet18)")
     parser.add_argument("--data", metavar="DIR", help="the data set (default: the run's own)")
     parser.add_argument("--device", help="cpu, cuda, … (default: cuda where there is one)")
     parser.add_argument("--no-nms", action="store_true", help="odsF without non-maximum suppression")
-    parser.add_argument("--thresholds", type=int, choices=(99, 101), default=101,
-                        help="of odsF: 0.01 … 0.99, and 0.001 and 0.999 (default %(default)s)")
+    parser.add_argument("--thresholds", type=int, choices=(99, 101), default=101, help="default 101")
     parser.add_argument("--ids", metavar="FILE", help="judge only the ids listed in FILE, one a line")
     parser.add_argument("--tasks", metavar="A,B", help="compute and judge these tasks alone (default all)")
     return data.command(parser, run, argv)
@@ -774,8 +753,7 @@ def run(args):
     folders = {Path(path).resolve(): path for path in args.paths if not Path(path).is_file()}
     runs = [open_run(path, args.tasks) for path in folders.values()]
     if not runs or photos and (len(runs) > 1 or len({photo.stem for photo in photos}) < len(photos)):
-        raise UserError(f"found {len(runs)} run folders and {len(photos)} photos: expected runs, or one run "
-                        "and photos of different names")
+        raise UserError(f"{len(runs)} runs, {len(photos)} photos: expected runs, or one and different photos")
     if photos:
         model = load_model(runs[0], device)
         broken = []
@@ -897,8 +875,8 @@ def draw_experts(path, epochs, tasks, shared):
 
 
 def draw_curves(path, records, shared=0, topk=0):
-    """Draw each task's losses, the learning rate and, where there are `shared` experts, their share of the
-    gates, from the records of log.jsonl. Without steps nothing is drawn."""
+    """Draw each task's losses and, where there are `shared` experts, their share of the gates, from the
+    records of log.jsonl. Without steps nothing is drawn."""
     steps, epochs = [{r["step"]: r for r in records if r["kind"] == kind} for kind in ("step", "epoch")]
     if not steps:
         return
@@ -913,9 +891,6 @@ def draw_curves(path, records, shared=0, topk=0):
         lines = [(x, train, PALE, 1), (x, mean, BLUE, 2), (list(epochs), val, ORANGE, 0)]
         ylim = np.percentile(np.concatenate([train, val]), (0, 99))
         panels.append(plot(ylim=ylim, labels=(task, "step", "loss"), series=lines, **axes))
-    rate = [record["lr"] for record in steps.values()]
-    lines = [(x, rate, BLUE, 2)]
-    panels.append(plot(ylim=(0, max(rate)), labels=("learning rate", "step", ""), series=lines, **axes))
     legend = [("training loss, each log record", PALE),
               ("its running mean", BLUE), ("validation loss", ORANGE)]
     if shared and epochs:

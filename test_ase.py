@@ -38,8 +38,8 @@ import data
 import evaluate
 import train
 from assets import demo, study
-from data import IGNORE, PALETTE, TASKS, Task, boundaries, legend_of, paint, sheet, thin
-from evaluate import THRESHOLDS, draw_curves, draw_experts, draw_predictions
+from data import IGNORE, PALETTE, TASKS, Task, boundaries, paint, thin
+from evaluate import THRESHOLDS, draw_curves, draw_experts
 from evaluate import edge_counts, ods_f, suppress, thin_words, threshold_bits
 
 rng = np.random.default_rng(0)
@@ -716,30 +716,25 @@ def test_the_number_of_heads_is_that_of_published_vits(tmp_path, width, prefix, 
         image=224, patch=14, dim=width, depth=1, heads=heads, registers=0, head_dim=head_dim)
 
 
-@pytest.mark.parametrize("name", ["vit_small_patch14_reg4_dinov2", "deit3_small_patch16_224"])
-def test_features_are_those_of_timm(tmp_path, name):
-    timm = pytest.importorskip("timm", reason="timm is not installed", exc_type=ImportError)
-    side = 56 if "14" in name else 64
-    theirs = randomise(timm.create_model(name, img_size=side, depth=2, num_classes=0))
-    write(tmp_path / "weights", theirs.state_dict())
-    config = ase.Config(**ase.shape_of(tmp_path / "weights") | {"image": side}, experts=0)
-    model, images = ase.ASE(config).double().eval(), random(2, 3, side, side)
-    ase.load_backbone(model, tmp_path / "weights")
-    torch.testing.assert_close(model.features(images)[0][0], theirs.forward_features(images))
-
-
-@pytest.mark.parametrize("name", ["ViT", "Dinov2", "Dinov2WithRegisters"])
-def test_features_are_those_of_transformers(tmp_path, name):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    config = getattr(transformers, f"{name}Config")(
-        hidden_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=56, patch_size=14,
-        layer_norm_eps=1e-6, intermediate_size=512)
-    theirs = randomise(getattr(transformers, f"{name}Model")(config))
-    theirs.save_pretrained(tmp_path)
-    shape, images = ase.shape_of(tmp_path / "model.safetensors"), random(2, 3, 56, 56)
-    model = ase.ASE(ase.Config(**shape, experts=0))
-    ase.load_backbone(model.double().eval(), tmp_path / "model.safetensors")
-    torch.testing.assert_close(model.features(images)[0][0], theirs(images).last_hidden_state)
+@pytest.mark.parametrize("library, name", [
+    ("timm", "vit_small_patch14_reg4_dinov2"), ("timm", "deit3_small_patch16_224"),
+    ("transformers", "ViT"), ("transformers", "Dinov2"), ("transformers", "Dinov2WithRegisters")])
+def test_features_are_those_of_other_libraries(tmp_path, library, name):
+    theirs = pytest.importorskip(library, reason=f"{library} is not installed", exc_type=ImportError)
+    side = 64 if "16" in name else 56
+    if library == "timm":
+        model = randomise(theirs.create_model(name, img_size=side, depth=2, num_classes=0))
+    else:
+        config = getattr(theirs, f"{name}Config")(
+            hidden_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=side, patch_size=14,
+            layer_norm_eps=1e-6, intermediate_size=512)
+        model = randomise(getattr(theirs, f"{name}Model")(config))
+    write(tmp_path / "weights", model.state_dict())
+    shape, images = ase.shape_of(tmp_path / "weights") | {"image": side}, random(2, 3, side, side)
+    ours = ase.ASE(ase.Config(**shape, experts=0)).double().eval()
+    ase.load_backbone(ours, tmp_path / "weights")
+    expected = model.forward_features(images) if library == "timm" else model(images).last_hidden_state
+    torch.testing.assert_close(ours.features(images)[0][0], expected)
 
 
 # -------------------------------------------------------------------------------------------- the edge metric
@@ -1149,31 +1144,6 @@ def test_paint_by_hand():
         assert paint(task, values).tolist() == [colours]
 
 
-def test_legend_lists_exactly_the_classes_that_occur():
-    arrays = [np.array([[0, 15]]), np.array([[255, 7, 7]])]
-    legend = dict(legend_of(TASKS["semseg"], arrays))
-    assert [*legend] == ["background", "car", "person", "ignored"] and legend["person"] == (192, 128, 128)
-    assert dict(legend_of(TASKS["normals"], []))["ignored"] == (224, 224, 224)
-
-
-def test_sheet_shows_every_cell_and_keeps_the_aspect():
-    colours = np.array([[200, 0, 0], [0, 200, 0], [0, 0, 200]], np.uint8)
-    cells = [np.broadcast_to(c, shape + (3,)) for c, shape in zip(colours, [(10, 40), (300, 100), (7, 7)])]
-    picture = np.asarray(sheet([cells[:2], cells[2:]], legend=[("x", None), ("name", (1, 2, 3))],
-                               labels=["a", "b"]))
-    counts = [(picture == c).all(-1).sum() for c in colours]
-    assert counts == [180 * 45, 60 * 180, 180 * 180]
-    assert (picture == (1, 2, 3)).all(-1).any()
-
-
-def test_predictions(tmp_path):
-    image = rng.integers(0, 255, (20, 30, 3), np.uint8)
-    maps = {task: rng.integers(0, 2, (20, 30)) for task in TASKS} | {"normals": rng.normal(size=(3, 20, 30))}
-    draw_predictions(tmp_path / "p.png", [(image, maps, maps)] * 2)
-    with Image.open(tmp_path / "p.png") as picture:
-        assert picture.width == 6 + 11 * 186 and drawn(tmp_path / "p.png")
-
-
 @pytest.fixture
 def plots(monkeypatch):
     """The calls of `evaluate.plot` from here on."""
@@ -1209,7 +1179,7 @@ def test_curves_and_the_share_of_the_shared_experts(tmp_path, plots, count):
     records += [{"kind": "epoch", "step": 7 * e, "epoch": e, "val": {"sal": 1.0, "edge": e / 2},
                  "gates": gates[e - 1].tolist()} for e in (1, 2, 3)]
     draw_curves(tmp_path / "none.png", records)
-    assert {call.kwargs["labels"][0] for call in plots} == {"sal", "edge", "learning rate"}
+    assert {call.kwargs["labels"][0] for call in plots} == {"sal", "edge"}
     draw_curves(tmp_path / "shared.png", records, shared=2, topk=3)
     assert all(drawn(path) for path in tmp_path.iterdir())
     (_, raw, *_), (_, mean, *_), (at, val, *_) = plots[-3].kwargs["series"]  # of edge
@@ -1934,7 +1904,6 @@ def test_the_log_holds_steps_and_epochs_and_what_the_routers_do_in_use(mini, tra
     probs, gates = (torch.stack(x).mean(0).detach().numpy() for x in zip(*routings))
     np.testing.assert_allclose(epochs[-1]["gates"], gates, atol=1e-5)
     np.testing.assert_allclose(gates.sum(-1), 1, atol=1e-5)  # joint gates
-    np.testing.assert_allclose(epochs[-1]["shared_mass"], gates[..., 0], atol=1e-5)
     information = (probs * np.log(probs / probs.mean(1, keepdims=True))).sum((1, 2)) / 5
     np.testing.assert_allclose(epochs[-1]["mutual_information"], information, atol=1e-5)
 
@@ -2013,7 +1982,7 @@ def test_a_run_that_failed_before_its_first_checkpoint_blocks_no_other(broken, t
 
 def test_a_loss_that_is_not_finite_ends_the_training(mini, tmp_path, fails, monkeypatch):
     monkeypatch.setitem(evaluate.LOSSES, "edge_bce", lambda p, *_: p.sum() * math.nan)
-    assert "edge loss is nan at step 1: " in fails(train.main, *flags(mini, tmp_path / "run", "--batch 13"))
+    assert "edge loss is not finite at step 1: " in fails(train.main, *flags(mini, tmp_path / "run", "--batch 13"))
     assert not (tmp_path / "run/checkpoint.pt").exists()
 
 
@@ -2085,7 +2054,7 @@ def test_a_run_is_judged_drawn_and_kept_and_judged_again_when_it_is_named(finish
     """A data set is known by its lists: a copy is the same one, also when labels in it are corrected."""
     told = table(finished)
     assert "4/2/1/2" in told and "constant" in told and "baseline: none for this data set" in told
-    assert told.index("constant") < told.index(f"kept in {finished}: metrics.json, curves.png")
+    assert told.index("constant") < told.index(f"kept in {finished}: metrics.json")
     result = result_of(finished / "metrics.json")
     assert list(result)[0] == "metrics" and set(result["metrics"]) == set(TASKS) and result["epoch"] == 2
     assert all(drawn(finished / name) for name in evaluate.PICTURES)
@@ -2237,17 +2206,6 @@ def test_the_demos_baseline_is_the_mean_of_the_studys_single_task_models(tmp_pat
         assert evaluate.default_baseline(tmp_path) == name
 
 
-def test_images_with_truth_in_every_task_are_drawn_first(finished, mini, table, monkeypatch):
-    seen = []
-    monkeypatch.setattr(evaluate, "draw_predictions", lambda path, samples: seen.extend(samples))
-    table(finished)
-    people = [(truth["human_parts"] != IGNORE).any() for _, truth, _ in seen]
-    split = data.PascalContext(mini, "val", 32)
-    parts = [bool((split[i][1]["human_parts"] != IGNORE).any()) for i in range(7)]
-    assert people == sorted(people, reverse=True) and len(people) == 6
-    assert 0 < sum(people) == min(6, sum(parts)) < 6
-
-
 def test_labels_that_differ_by_256_have_an_edge(broken):
     labels((36, 48), np.where(np.arange(48) < 24, 3, 259))(data.find(broken, "labelmap", "2008_000001"))
     image, truth = evaluate.read_truth(broken, "2008_000001", ["edge"])
@@ -2286,7 +2244,7 @@ def test_no_photo_is_replaced_by_a_prediction_nor_a_prediction_by_another(finish
     ("--tasks semseg,depth", "'depth' is unknown"), ("--tasks sal,sal", "named twice"),
     ("--gating soft", "joint"), ("--backbone vit_huge", "vit_base"), ("--mean-std x", "imagenet"),
     ("--lr nan", "found 'nan', expected float, 1e-09 to"), ("--lr -1", "expected float, 1e-09 to"),
-    ("--epochs 0", "expected int, 1 to"), ("--batch x", "found 'x'"), ("--batch 99", "13 training images"),
+    ("--epochs 0", "expected int, 1 to"), ("--batch x", "found 'x'"), ("--batch 99", "at most the 13 images"),
     ("--seed 9999999999", "expected int, 0 to"), ("--mi -1", "expected float, 0 to"),
     ("--size 44", "multiple of the patch"), ("--weights no.pt", "no weights file no.pt"),
     ("--device tpu9", "no device tpu9"), ("--what", "--what"), ("--data nowhere", "nowhere")])
@@ -2379,7 +2337,7 @@ def test_bad_input_of_evaluate(finished, tmp_path, fails, counting):
     assert f"there is no {tmp_path / 'ImageSets'}" in told("--data", tmp_path)
     good = (finished / "config.json").read_bytes()
     settings_of(finished, data="gone")
-    assert f"no data set gone: name where that of {finished} lies, --data DIR" in told()
+    assert "there is no gone/" in told()
     for content in (good[:99], b"[]", b"\xff\xfe", b"{}"):
         (finished / "config.json").write_bytes(content)
         assert "config.json" in told() and "broken, or made by other code" in told()
@@ -2499,7 +2457,7 @@ def test_weights_decide_the_shape_of_the_model(mini, tmp_path, fails, capsys, mo
     torch.save({name: p for name, p in source.state_dict().items() if ase.part(name) == "backbone"}, weights)
     argv = [*flags(mini, out, "--epochs 1 --tasks sal --weights"), str(weights), "--size", "28"]
     error = fails(train.main, *argv, "--backbone", "vit_tiny")
-    assert "has width 64, 2 blocks, patch 7; leave the flag out" in error
+    assert "the weights have width 64, 2 blocks, patch 7" in error
     train.main([*argv, "--heads", "2"])
     told = capsys.readouterr().out
     assert "2 attention heads assumed, position embeddings resized from 2×2 to 4×4" in told
@@ -2552,8 +2510,7 @@ def test_an_effect_is_found_where_it_was_planted_with_the_interval_of_a_t_test()
         for new, values in ((None, sum(blocks, [])), (True, blocks[0][4:] + blocks[1][8:] + blocks[2][4:])):
             mean, half, count = study.effect(rows, weights, new)
             expected = scipy.stats.ttest_1samp(values, 0).confidence_interval()
-            assert (mean - half, mean + half) == pytest.approx((expected.low, expected.high))
-            assert count == len(values)
+            assert (mean - half, mean + half, count) == pytest.approx((*expected, len(values)))
         mean, half, _ = study.effect(rows, weights)
         assert mean - half < planted < mean + half and (mean - half > 0) == bool(planted)
 
@@ -2759,8 +2716,7 @@ def bench(rounds=7, image=224, dim=768, depth=12, **shape):
         model = ase.ASE(config)
         for block in model.blocks:
             block.experts = experts_of(config, layer)
-        trained = [p for p in model.to(device).parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, fused=True)
+        optimizer = torch.optim.AdamW([p for p in model.to(device).parameters() if p.requires_grad])
 
         def step(model=model, optimizer=optimizer):
             sum(map(torch.sum, model(images)[0].values())).backward()

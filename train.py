@@ -214,8 +214,7 @@ class Log:
 
     def __init__(self, args, first_epoch, steps_per_epoch, rank):
         self.args, self.rank, self.path = args, rank, Path(args.out) / "log.jsonl"
-        self.steps_per_epoch, self.steps = steps_per_epoch, args.epochs * steps_per_epoch
-        self.first_step = first_epoch * steps_per_epoch
+        self.steps_per_epoch, self.first_step = steps_per_epoch, first_epoch * steps_per_epoch
         self.recent = []                     # losses (T,) of the steps since the last record
         self.begin = self.mark = time.time()
         if rank == 0:  # what was logged after the last checkpoint is computed again
@@ -243,10 +242,9 @@ class Log:
     def keep(self, record, start, end):
         """Print a line and keep its record. Raises UserError where a loss is not finite."""
         losses = record.get("losses") or record["val"]
-        for task, loss in losses.items():
-            if not math.isfinite(loss):
-                raise UserError(f"the {task} loss is {loss} at step {record['step']}: train again at a lower "
-                                "--lr, into another --out")
+        bad = [task for task, loss in losses.items() if not math.isfinite(loss)]
+        if bad:
+            raise UserError(f"the {bad[0]} loss is not finite at step {record['step']}: try a lower --lr")
         self.tell(start + "".join(f"{loss:12.4f}" for loss in losses.values()) + end)
         if self.rank == 0:
             with open(self.path, "a", encoding="utf-8") as file:
@@ -263,25 +261,25 @@ class Log:
         losses = dict(zip(self.args.tasks, losses.mean(0).tolist()))
         now, done = time.time(), step + 1
         speed = len(self.recent) * self.args.batch / (now - self.mark)
-        left = timedelta(seconds=round((now - self.begin) / (done - self.first_step) * (self.steps - done)))
+        steps = self.args.epochs * self.steps_per_epoch
+        left = timedelta(seconds=round((now - self.begin) / (done - self.first_step) * (steps - done)))
         self.recent, self.mark = [], now
         record = {"kind": "step", "step": done, "epoch": done / self.steps_per_epoch, "losses": losses,
                   "lr": lr, "norm": float(norm), "images_per_second": speed}
-        self.keep(record, f"{done / self.steps:5.0%}{done:8}", f"{lr:10.1e}{speed:10.1f}{str(left):>9}")
+        self.keep(record, f"{done / steps:5.0%}{done:8}", f"{lr:10.1e}{speed:10.1f}{str(left):>9}")
 
     def epoch(self, epoch, losses, routing):
         """The validation losses {task: loss} after `epoch`, and what the routers did there."""
-        shared = routing.gates[..., :self.args.config.shared]
         record = {"kind": "epoch", "step": epoch * self.steps_per_epoch, "epoch": epoch, "val": losses,
-                  "gates": routing.gates.tolist(), "shared_mass": shared.sum(-1).tolist(),
+                  "gates": routing.gates.tolist(),
                   "mutual_information": ase.mutual_information(routing.probs).tolist()}
         self.keep(record, f"epoch{epoch:8}", "   validation")
         self.mark = time.time()
 
     def finish(self, device):
-        gpu = device.type == "cuda"
-        peak = f"; peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB" if gpu else ""
-        self.tell(f"\ntrained in {timedelta(seconds=round(time.time() - self.begin))}{peak}\n"
+        if device.type == "cuda":
+            self.tell(f"peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB")
+        self.tell(f"\ntrained in {timedelta(seconds=round(time.time() - self.begin))}\n"
                   f"next: python evaluate.py {self.args.out}")
 
 
@@ -316,13 +314,11 @@ def extend(base, args):
     for flag in (*MODEL, "backbone", "size", "heads", "mean_std"):
         value = base.settings[flag]
         if getattr(args, flag) not in (None, value):
-            raise UserError(f"{base.folder} has {flag} {value}, not {getattr(args, flag)}, and its model "
-                            "stays as it is: leave the flag out")
+            raise UserError(f"{base.folder} has {flag} {value}, not {getattr(args, flag)}: leave it out")
         setattr(args, flag, value)
     epoch = evaluate.load_checkpoint(base.folder)["epoch"]
     if epoch < base.settings["epochs"]:
-        raise UserError(f"{base.folder} has trained for {epoch} of its {base.settings['epochs']} epochs: "
-                        "finish it first, by the command that began it")
+        raise UserError(f"{base.folder} has trained for {epoch} of its {base.settings['epochs']} epochs")
 
 
 def backbone(args, is_demo):
@@ -344,8 +340,7 @@ def backbone(args, is_demo):
         sizes = "width {dim}, {depth} blocks, patch {patch}"
         names = [name for name, row in ase.BACKBONES.items() if sizes.format(**row) == sizes.format(**shape)]
         if args.backbone not in (None, *names):
-            raise UserError(f"--backbone {args.backbone}: {args.weights} has {sizes.format(**shape)}; leave "
-                            "the flag out")
+            raise UserError(f"--backbone {args.backbone}: the weights have {sizes.format(**shape)}")
         name = names[0] if names else sizes.format(**shape)
     args.backbone = name
     return shape | {field: x for field, x in (("image", args.size), ("heads", args.heads)) if x}
@@ -373,8 +368,7 @@ def resolve(args, world):
         if getattr(args, flag, None) is None and flag != "backbone":
             setattr(args, flag, value)
     if args.batch > images or args.batch % world:
-        raise UserError(f"--batch {args.batch}: expected at most the {images} training images, and a "
-                        f"multiple of the {world} processes")
+        raise UserError(f"--batch {args.batch}: at most the {images} images, a multiple of {world} processes")
 
     known, there = {task: t.channels for task, t in TASKS.items()}, base.config.tasks if base else {}
     tasks = evaluate.choose({task: n for task, n in known.items() if task not in there}, args.tasks)
@@ -423,22 +417,16 @@ def main(argv=None):
     add("--topk", "sparse experts active for a token, shared ones apart", type=count, metavar="K")
     add("--shared", "shared experts", type=count, metavar="S")
     add("--rank", "rank of an expert", type=count, metavar="R")
-    add("--gating", "joint: one softmax over selected and shared experts, ASE; fixed: softmax before top-k, "
-                    "shared gates are 1", choices=ase.GATINGS)
+    add("--gating", "joint: one softmax, ASE; fixed: before top-k, shared gates are 1", choices=ase.GATINGS)
     add("--noise", "factor of the routers' learned noise; 0: none", type=number(float, 0), metavar="X")
     add("--mi", "weight of the mutual information loss, Mod-Squad's", type=number(float, 0), metavar="W")
-    add("--lora", "rank of the backbone's LoRA; 0 trains it in full (default 4; without experts 0)",
-        type=count, metavar="R")
+    add("--lora", "rank of the backbone's LoRA; 0: train all of it (default 4)", type=count, metavar="R")
     add("--tasks", f"some of {','.join(TASKS)} (default all)", metavar="A,B")
-    add("--extend", "add --tasks to this finished run's model, which stays as it is: only their routers, "
-                    "embeddings and heads are trained (data and model default to the run's)", metavar="RUN")
+    add("--extend", "add --tasks to this finished run's model, which stays as it is", metavar="RUN")
     add("--backbone", "shape of a random ViT; pretrained weights have theirs", choices=ase.BACKBONES)
-    add("--heads", "attention heads, which no file of weights tells (default as published)", type=some,
-        metavar="N")
-    add("--weights", "pretrained ViT, .safetensors or torch.save; none: random (default a demo's own; needed "
-                     "elsewhere)", metavar="FILE")
-    add("--mean-std", "the weights' normalisation: imagenet (DeiT, MAE, DINO) or half (timm's augreg, "
-                      "Google's)", choices=data.MEAN_STD)
+    add("--heads", "attention heads; no file tells it (default as published)", type=some, metavar="N")
+    add("--weights", "pretrained ViT; none: random (default a demo's own; needed elsewhere)", metavar="FILE")
+    add("--mean-std", "the weights' normalisation; half: timm's augreg, Google's", choices=data.MEAN_STD)
 
     group = parser.add_argument_group("the data")
     add("--data", "in PASCAL-Context's layout; demo is made where missing (default demo)", metavar="DIR")
@@ -449,8 +437,7 @@ def main(argv=None):
     add("--out", "the run folder (default run)", default="run", metavar="DIR")
     add("--epochs", "passes over the images", type=some, metavar="N")
     add("--batch", "images a step", type=some, metavar="N")
-    add("--micro-batch", "images at a time on one device; gradients add up, router noise and mutual "
-                         "information are each micro-batch's own (default all)", type=some, metavar="N")
+    add("--micro-batch", "images at a time on one device (default all)", type=some, metavar="N")
     add("--lr", "highest learning rate", type=number(float, 1e-9), metavar="X")
     add("--seed", "of everything random", type=number(int, 0, 1_000_000_000), metavar="N")
     add("--device", "cpu, cuda, … (default cuda where there is one)", metavar="NAME")
@@ -460,9 +447,8 @@ def main(argv=None):
 
 
 def run(args):
-    rank, world = 0, 1
-    if "LOCAL_RANK" in os.environ:  # torchrun's
-        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    started = ("RANK", "WORLD_SIZE") if "LOCAL_RANK" in os.environ else ()  # by torchrun
+    rank, world = [int(os.environ[name]) for name in started] or (0, 1)
     if world > 1 and args.device in (None, "cuda") and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     device = data.pick_device(args.device)

@@ -122,7 +122,8 @@ def line_of(folder):
                           for split in ("train", "val"))
     records = [record for record in evaluate.read_log(run.folder) if record["kind"] == "epoch"]
     line = {"run": run.folder.name, "settings": run.settings, "metrics": result["metrics"],
-            "val": [record["val"] for record in records], "gates": short([record["gates"] for record in records]),
+            "val": [record["val"] for record in records],
+            "gates": short([record["gates"] for record in records]),
             "information": short([record["mutual_information"] for record in records])}
     for place in ("data", "weights", "extend"):
         line["settings"][place] = Path(run.settings[place] or "").name
