@@ -1182,7 +1182,7 @@ def test_curves_and_the_share_of_the_shared_experts(tmp_path, plots, count):
     assert {call.kwargs["labels"][0] for call in plots} == {"sal", "edge"}
     draw_curves(tmp_path / "shared.png", records, shared=2, topk=3)
     assert all(drawn(path) for path in tmp_path.iterdir())
-    (_, raw, *_), (_, mean, *_), (at, val, *_) = plots[-3].kwargs["series"]  # of edge
+    (_, raw, *_), (_, mean, *_), (at, val, *_) = plots[-2].kwargs["series"]  # of edge
     assert [*raw] == [0.5] * count == pytest.approx([*mean]) and at == [7, 14, 21] and val == [0.5, 1, 1.5]
     (_, neutral, *_), *shares = plots[-1].kwargs["series"]
     assert neutral == (2 / 5, 2 / 5)
