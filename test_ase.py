@@ -2235,7 +2235,7 @@ def test_no_photo_is_replaced_by_a_prediction_nor_a_prediction_by_another(finish
     before = tree(finished)
     for photo in photos[:2]:
         assert "rename" in fails(evaluate.main, finished, photo, "--device", "cpu")
-    assert "photos of different names" in fails(evaluate.main, finished, *photos[2:])
+    assert "or one and different photos" in fails(evaluate.main, finished, *photos[2:])
     assert tree(finished) == before
 
 
