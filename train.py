@@ -386,7 +386,6 @@ def resolve(args, world):
         ase.load_backbone(model, args.weights)
 
 
-
 # ------------------------------------------------------------------------------------------ python train.py
 
 
