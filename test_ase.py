@@ -617,7 +617,6 @@ def test_a_weights_file_cut_anywhere_or_with_a_flipped_bit_is_one_line(tmp_path,
 
 
 def test_the_command_prints_every_row_of_table_1_and_refuses_a_flag_in_one_line(capsys, fails):
-    """The models are built on torch's meta device, at the paper's size."""
     assert "--unknown" in fails(ase.main, "--unknown")
     ase.main([])
     rows = capsys.readouterr().out.splitlines()
@@ -1015,8 +1014,6 @@ def test_any_number_of_thresholds_in_any_order(count):
     counts = edge_counts(prob, gt, thresholds, 0.08)
     shuffled = rng.permutation(count)
     assert (edge_counts(prob, gt, thresholds[shuffled], 0.08) == counts[shuffled]).all()
-    some = slice(None, None, 9)
-    assert (plain_counts(prob, gt, thresholds[some], 0.08) == counts[some]).all()
 
 
 def points(shape, *at):
@@ -1198,8 +1195,6 @@ def test_routing_shows_the_expert_with_the_largest_gate_of_each_patch(tmp_path, 
     layers = np.linspace(0, len(gates) - 1, 4).astype(int) if len(gates) > 4 else range(len(gates))
     for task, row in enumerate(drawn_rows):
         squares = [cell[34::67, 45::90] for cell in row[2:]]                  # the middle of 2 × 2 patches
-        for cell, square in zip(row[2:], squares):
-            assert cell.shape == (135, 180, 3) and (np.unique(cell.reshape(-1, 3), axis=0).shape[0] <= 4)
         for layer, square in zip(layers, squares):
             best = gates[layer, task].argmax(-1)
             colours = square.reshape(4, 3).tolist()
@@ -1676,7 +1671,6 @@ def test_each_image_is_judged_once_and_workers_change_no_bit(judged, mini, monke
 
 
 def test_validation_losses_do_not_depend_on_the_batch(judged):
-    """Seven images in batches of 1, 3 or 7: the last, incomplete one counts as it should."""
     settings = [argparse.Namespace(batch=batch, mean_std="half", workers=0) for batch in (1, 3, 7)]
     losses, routings = zip(*(train.validate(*judged, args) for args in settings))
     for other in (1, 2):
@@ -1686,7 +1680,6 @@ def test_validation_losses_do_not_depend_on_the_batch(judged):
 
 
 def test_weight_decay_acts_on_matrices_alone():
-    """Not on biases and norms, nor on task embeddings, however they are stored."""
     for change, pretrained in ((dict(), True), (dict(experts=0), True), (dict(experts=0), False)):
         model = ase.ASE(small(**change))
         names = {id(p): name for name, p in model.named_parameters()}
@@ -1919,7 +1912,6 @@ def test_a_killed_training_resumes_to_the_same_bits(mini, tmp_path, extend):
 
 
 def test_a_finished_run_says_so_and_what_is_not_its_own_is_named(trained, mini, broken, fails, capsys):
-    """Flags and data; a copy of the data set is the same one."""
     for root in (mini, broken):
         assert not train.main(flags(root, trained)) and "is finished" in capsys.readouterr().out
     for flag in ("--rank 3", "--seed 5", "--gating fixed", "--lr 0.5", "--tasks sal"):
@@ -2318,7 +2310,6 @@ def test_bad_input_of_evaluate(finished, tmp_path, fails, counting):
     (OSError(28, "No space left on device", "run/x"), "run/x: No space left"),
     (None, "out of memory")])
 def test_what_a_command_meets_ends_in_one_line(fails, error, told):
-    """A number that no memory has room for is torch's own error."""
     def job(args):
         if error:
             raise error
@@ -2484,8 +2475,8 @@ def test_an_effect_is_found_where_it_was_planted_and_a_null_is_not():
     found, free = study.variance(rows, "ASE", False)
     assert free == 24 and found == pytest.approx(x[3, ..., 5].var(-1, ddof=1).mean())
     # one new block decides nothing; a trade: all four sides; a seed's blocks are a block against MTL-ViT
-    assert study.claim({row: {s: runs[s] for s in (0, 1, 8)} for row, runs in rows.items() if row[1] == 32},
-                       "", "", {"ASE - vanilla": 1})[3] == "3 (1)"
+    part = {row: runs for row, runs in rows.items() if row[1] == 32}
+    assert study.claim(part, "", "", {"ASE - vanilla": 1})[3:] == ("9 (1)", "yes")
     rows["MTL-ViT", 0] = {4: dict.fromkeys(numbers, -50), 6: dict.fromkeys(numbers, -51)}
     (_, first), (_, second) = study.compare(rows, "sal - MTL-ViT's", True).items()
     assert (first, second) == pytest.approx(x[:, ::2, [4, 6], 2].mean((0, 1)) + (50, 51))
@@ -2509,7 +2500,7 @@ def test_study_md_and_readme_tell_what_the_study_prints(capsys):
         assert all(pair.replace("°", "") in printed for pair in pairs)
     lines = map(json.loads, (ROOT / "assets/study.jsonl").read_text().splitlines())
     gains = {x["run"]: evaluate.delta_m((x.get("result") or x)["metrics"], evaluate.BASELINES["demo"])
-             for x in lines if re.fullmatch(r"(ase|vanilla)-\d+-\d+", x["run"]) and "images" not in x}
+             for x in lines if re.match("(ase|vanilla)-[136]", x["run"]) and "images" not in x}
     pairs = [gains[name] - gains[name.replace("ase", "vanilla")] for name in gains if name[0] == "a"]
     low, high = scipy.stats.ttest_1samp(pairs, 0).confidence_interval()
     assert f"| {np.mean(pairs):+.2f} ±{(high - low) / 2:.2f} (" in printed
@@ -2523,12 +2514,17 @@ def test_a_run_becomes_a_line_of_the_study(finished, mini, table):
     model, dataset = evaluate.load_model(run, "cpu"), data.PascalContext(mini, "train", 32)
     batch = data.warp(*map(torch.from_numpy, dataset.canvas(range(13))), 32, "imagenet")
     losses = evaluate.losses(model(batch.images)[0], batch.targets)
-    lora = [p for name, p in model.named_parameters() if "lora_" in name]
-    vectors = [torch.cat([g.flatten() for g in torch.autograd.grad(loss, lora, retain_graph=True)]).double()
-               for loss in losses.values()]
-    cosines = [F.cosine_similarity(a, b, dim=0).item() for a, b in itertools.combinations(vectors, 2)]
-    expected = [np.mean(np.array(cosines) < 0), np.mean(cosines)]
-    assert line["conflict"]["LoRA"] == pytest.approx(expected, abs=1e-5)
+    for part, key, cut in (("LoRA", ".lora_", slice(None)), ("shared experts", ".experts.", slice(1)),
+                           ("sparse experts", ".experts.", slice(1, None))):
+        chosen = [p for name, p in model.named_parameters() if key in name and "router" not in name]
+        gradients = [torch.autograd.grad(loss, chosen, retain_graph=True) for loss in losses.values()]
+        vectors = [torch.cat([x[cut].flatten() for x in of_task]).double() for of_task in gradients]
+        cosines = [F.cosine_similarity(a, b, dim=0).item() for a, b in itertools.combinations(vectors, 2)]
+        expected = [np.mean(np.array(cosines) < 0), np.mean(cosines)]
+        assert line["conflict"][part] == pytest.approx(expected, abs=1e-5)
+    (finished / "lines").write_text(2 * (json.dumps(line) + "\n"))
+    with pytest.raises(data.UserError, match="is there twice"):
+        study.read_lines(finished / "lines")
     val = data.PascalContext(mini, "val", 32)
     batch = data.warp(*map(torch.from_numpy, val.canvas(range(7))), 32, "imagenet")
     mass = evaluate.gates_of(model, batch.images)[..., :1].sum(-1)           # (layers, T, B, P)
@@ -2537,6 +2533,10 @@ def test_a_run_becomes_a_line_of_the_study(finished, mini, table):
         expected = [[[row[there].mean().item(), row[~there].mean().item()] for row in layer.flatten(1)]
                     for layer in mass]
         np.testing.assert_allclose(line["where"][name], expected, atol=1e-5)
+    for block in model.blocks:  # an update of three times the FFN's output
+        block.experts.forward = lambda h, block=block, forward=block.experts.forward: (
+            3 * block.mlp.forward(h), *forward(h)[1:])
+    assert line["scale"] > 0 and study.scale(model, run, val) == pytest.approx(3)
 
 
 # ---------------------------------------------------------- worked changes, of README and assets/recipes.md
