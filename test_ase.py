@@ -2477,12 +2477,12 @@ def test_an_effect_is_found_where_it_was_planted_and_a_null_is_not():
     # one new block decides nothing; a trade: all four sides; a seed's blocks are a block against MTL-ViT
     part = {row: runs for row, runs in rows.items() if row[1] == 32}
     assert study.claim(part, "", "", {"ASE - vanilla": 1})[3:] == ("9 (1)", "yes")
-    rows["MTL-ViT", 0] = {4: dict.fromkeys(numbers, -50), 6: dict.fromkeys(numbers, -51)}
+    rows["MTL-ViT", 0] = {4: dict.fromkeys(numbers, 50), 6: dict.fromkeys(numbers, 51)}
     (_, first), (_, second) = study.compare(rows, "sal - MTL-ViT's", True).items()
-    assert (first, second) == pytest.approx(x[:, ::2, [4, 6], 2].mean((0, 1)) + (50, 51))
-    sides = {f"{task} - MTL-ViT's": 1 for task in list(TASKS)[:4]}
+    assert (first, second) == pytest.approx(x[:, ::2, [4, 6], 2].mean((0, 1)) - (50, 51))
+    sides = {f"{task} - MTL-ViT's": side for task, side in zip(TASKS, (-1, 1, 1, 1))}
     assert study.claim(rows, "", "", sides)[3:] == ("2 (2)", "a trade")
-    assert study.claim(rows, "", "", sides | {"Δm - MTL-ViT's": -1})[-1] == "open"
+    assert study.claim(rows, "", "", sides | {"sal - MTL-ViT's": -1})[-1] == "yes; no; yes; no"
 
 
 def test_study_md_and_readme_tell_what_the_study_prints(capsys):
